@@ -1,0 +1,62 @@
+"""Opening a model for running: a bitnest artifact or a plain checkpoint, the same call.
+
+`load_model` is `AutoModelForCausalLM.from_pretrained` with the checks a person needs first: the
+directory exists, the artifact is whole. Remote code is never run unless asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnest.checkpoint import resolve_model
+from bitnest.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in `model` (artifact, checkpoint directory, hub id or `demo`), in eval mode.
+
+    dtype: compute type of what is not packed, and of what packed weights decode to.
+
+    Raises:
+        CheckpointError, ArtifactError: the directory cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    if device is not None:
+        loaded = loaded.to(device)
+    return loaded.eval()
+
+
+def load_tokenizer(
+    model: str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer stored beside `model`.
+
+    Raises:
+        CheckpointError: the directory holds no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_model(model)
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            "the model has no tokenizer",
+            where=str(path),
+            hint="copy tokenizer.json and tokenizer_config.json of the base model into it",
+        )
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
