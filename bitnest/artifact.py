@@ -1,0 +1,368 @@
+"""The artifact: a directory that transformers opens, with every packed weight accounted for.
+
+    config.json            the source's, with quantization_config: {quant_method: bitnest, ...}
+    tokenizer files, generation config, licence: copied
+    model-*.safetensors    what stays dense, under its checkpoint names, with the usual index
+    packed-*.safetensors   one file per decoder block: <site>.codes, .scales, .zeros
+    bitnest.json           the manifest: source, recipe, every site and its format, checksums
+
+It is written into `.<name>.partial/artifact` beside its final place, block by block; each file
+appears under its name only when whole, and a block counts as done once its record does. The
+directory is renamed at the very end, so a directory of the final name is complete. Nothing in it depends on time or
+place: the same inputs give the same bytes, also after a resume. Layout: docs/format.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitnest.errors import ArtifactError, BitnestError
+from bitnest.formats import IntFormat, parse_format
+from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
+from bitnest.sites import Site
+
+FORMAT_VERSION = 1
+MANIFEST = "bitnest.json"
+SHARD_BYTES = 1 << 30
+COPIED = (
+    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*",
+    "generation_config.json", "*.model", "LICENSE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One site as stored: its address, format and loss.
+
+    nbytes: bytes of its tensors. error: relative output error on the calibration text (relative
+    weight error for rtn). tokens: calibration tokens it saw, None without calibration. file: the
+    packed file that holds it; empty when it stays among the dense tensors.
+    """
+
+    site: Site
+    format: str
+    nbytes: int
+    error: float
+    tokens: int | None
+    file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the site's fields are merged in."""
+        record = asdict(self)
+        return {**record.pop("site"), **record}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> SiteRecord:
+        """The inverse of `to_json`."""
+        fields = dict(record)
+        own = {k: fields.pop(k) for k in ("format", "nbytes", "error", "tokens", "file")}
+        fields["shape"] = tuple(fields["shape"])
+        fields["rows"] = tuple(fields["rows"]) if fields["rows"] else None
+        return cls(site=Site(**fields), **own)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact, opened for reading.
+
+    path: the directory. manifest: bitnest.json. records: every site of the decoder blocks.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    records: tuple[SiteRecord, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Open the artifact in `path`; its files must exist with the sizes the manifest states.
+
+        Raises:
+            ArtifactError: not an artifact, another version, or damaged.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        for name, entry in manifest["files"].items():
+            file = path / name
+            size = file.stat().st_size if file.exists() else None
+            if size != entry["bytes"]:
+                raise ArtifactError(
+                    f"'{name}' has {size} bytes, the manifest says {entry['bytes']}"
+                    if size is not None
+                    else f"'{name}' is missing",
+                    where=str(path),
+                    hint="copy the artifact again, or compress again",
+                )
+        records = tuple(SiteRecord.from_json(item) for item in manifest["sites"])
+        return cls(path, manifest, records)
+
+    def packed(self) -> list[SiteRecord]:
+        """Sites stored in the packed files."""
+        return [record for record in self.records if record.file]
+
+    def headers(self) -> dict[str, TensorInfo]:
+        """Name -> place of every packed tensor."""
+        found: dict[str, TensorInfo] = {}
+        for name in sorted({record.file for record in self.packed()}):
+            found.update(read_header(self.path / name))
+        return found
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256 with the manifest.
+
+        Raises:
+            ArtifactError: a file was changed.
+        """
+        for name, entry in self.manifest["files"].items():
+            if sha256_file(self.path / name) != entry["sha256"]:
+                raise ArtifactError(
+                    f"'{name}' does not match its checksum",
+                    where=str(self.path),
+                    hint="the file was changed or damaged: copy the artifact again",
+                )
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether the directory claims to be a bitnest artifact."""
+    return (path / MANIFEST).is_file()
+
+
+def site_tensors(record: SiteRecord, headers: dict[str, TensorInfo]) -> dict[str, Any]:
+    """The stored tensors of one site, by part name: codes, scales, zeros, or weight."""
+    fmt = parse_format(record.format)
+    parts = list(fmt.tensors(record.site.shape)) if isinstance(fmt, IntFormat) else ["weight"]
+    return {part: read_tensor(headers[f"{record.site.name}.{part}"]) for part in parts}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"not a bitnest artifact: no {MANIFEST}",
+            where=str(path),
+            hint="bitnest compress MODEL -o OUT makes one",
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read: {error.strerror}", where=str(file)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError("the manifest is damaged", where=str(file)) from error
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"artifact format {version}, this bitnest reads {FORMAT_VERSION}",
+            where=str(file),
+            hint="upgrade bitnest" if version > FORMAT_VERSION else "compress the model again",
+        )
+    return manifest
+
+
+class Writer:
+    """Writes an artifact so that a kill at any moment loses at most one block.
+
+    out: the final directory. fingerprint: hash of everything the result depends on; a partial
+    directory with another one is refused. blocks: number of decoder blocks.
+    """
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any], blocks: int) -> None:
+        self.out = out
+        self.fingerprint = fingerprint
+        self.blocks = blocks
+        self.partial = partial_directory(out)
+        self.work = self.partial / "artifact"
+        self.state = self.partial / "state"
+        self._lock: Any = None
+
+    def begin(self, *, fresh: bool) -> int:
+        """Create or reopen the partial directory; returns the number of finished blocks.
+
+        Raises:
+            ArtifactError: something else is in the way, or the partial run had other inputs.
+        """
+        if fresh and self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.state.mkdir(exist_ok=True)
+        self._take_lock()
+        inputs = self.state / "inputs.json"
+        if inputs.exists():
+            self._check_same(json.loads(inputs.read_text(encoding="utf-8")))
+        else:
+            _write_text(inputs, json.dumps(self.fingerprint, indent=1, sort_keys=True))
+        done = 0
+        while done < self.blocks and self._record_file(done).exists():
+            done += 1
+        return done
+
+    def _take_lock(self) -> None:
+        self._lock = (self.partial / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArtifactError(
+                "another process is writing this artifact",
+                where=str(self.out),
+                hint="wait for it, or choose another -o",
+            ) from error
+
+    def _check_same(self, previous: dict[str, Any]) -> None:
+        changed = [
+            key
+            for key in sorted({*previous, *self.fingerprint})
+            if previous.get(key) != self.fingerprint.get(key)
+        ]
+        if changed:
+            raise ArtifactError(
+                "an unfinished run with other inputs is in the way; different: "
+                + ", ".join(changed),
+                where=str(self.partial),
+                hint="repeat the earlier command to resume it, or add --fresh to start over",
+            )
+
+    def packed_name(self, block: int) -> str:
+        """File name of one block's packed weights."""
+        return f"packed-{block + 1:05d}-of-{self.blocks:05d}.safetensors"
+
+    def write_block(
+        self, block: int, records: Sequence[SiteRecord], entries: Sequence[Entry]
+    ) -> None:
+        """Store one finished block: its packed file, then the record that makes it count."""
+        content: dict[str, Any] = {"sites": [record.to_json() for record in records], "files": {}}
+        if entries:
+            name = self.packed_name(block)
+            size, digest = write_file(self.work / name, entries)
+            content["files"][name] = {"bytes": size, "sha256": digest}
+        _write_text(self._record_file(block), json.dumps(content))
+
+    def block_records(self, block: int) -> list[SiteRecord]:
+        """What `write_block` stored."""
+        content = json.loads(self._record_file(block).read_text(encoding="utf-8"))
+        return [SiteRecord.from_json(item) for item in content["sites"]]
+
+    def finish(
+        self, source: Path, config: dict[str, Any], dense: Sequence[Entry], manifest: dict[str, Any]
+    ) -> Artifact:
+        """Write dense tensors, configuration and manifest, and give the directory its name."""
+        files: dict[str, Any] = {}
+        sites: list[Any] = []
+        for block in range(self.blocks):
+            content = json.loads(self._record_file(block).read_text(encoding="utf-8"))
+            files.update(content["files"])
+            sites.extend(content["sites"])
+        files.update(self._write_dense(dense))
+        _write_text(self.work / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _copy_files(source, self.work)
+        for file in sorted(self.work.iterdir()):
+            if file.name not in files and file.name != MANIFEST and file.suffix != ".tmp":
+                files[file.name] = {
+                    "bytes": file.stat().st_size,
+                    "sha256": sha256_file(file),
+                }
+        manifest = {"format_version": FORMAT_VERSION, **manifest, "sites": sites, "files": files}
+        _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        for file in self.work.glob("*.tmp"):
+            file.unlink()
+        if self.out.exists():
+            self.out.rmdir()  # empty, checked before work began
+        os.rename(self.work, self.out)
+        shutil.rmtree(self.partial)
+        return Artifact.open(self.out)
+
+    def _write_dense(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        shards = list(_shards(entries))
+        files: dict[str, Any] = {}
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards):
+            name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            size, digest = write_file(self.work / name, shard)
+            files[name] = {"bytes": size, "sha256": digest}
+            weight_map.update({item.name: name for item in shard})
+        total = sum(item.nbytes for item in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=1) + "\n"
+        _write_text(self.work / "model.safetensors.index.json", text)
+        return files
+
+    def _record_file(self, block: int) -> Path:
+        return self.state / f"block-{block:05d}.json"
+
+
+def partial_directory(out: Path) -> Path:
+    """Where an unfinished artifact lies."""
+    return out.parent / f".{out.name}.partial"
+
+
+def finished_with(out: Path, fingerprint: dict[str, Any]) -> Artifact | None:
+    """The artifact already in `out` if it was made from exactly these inputs.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if out.is_dir() and is_artifact(out):
+        artifact = Artifact.open(out)
+        if artifact.manifest.get("fingerprint") == fingerprint:
+            shutil.rmtree(partial_directory(out), ignore_errors=True)  # killed right after renaming
+            return artifact
+    raise ArtifactError(
+        "the output is in the way: it exists and is not this run's result",
+        where=str(out),
+        hint="choose another -o, or remove it first",
+    )
+
+
+def sha256_file(file: Path) -> str:
+    """Hex digest of a file's contents."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shards(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+    shard: list[Entry] = []
+    size = 0
+    for item in entries:
+        if shard and size + item.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(item)
+        size += item.nbytes
+    if shard:
+        yield shard
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for pattern in COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                _write_bytes(target / file.name, file.read_bytes())
+
+
+def _write_text(file: Path, text: str) -> None:
+    _write_bytes(file, text.encode())
+
+
+def _write_bytes(file: Path, data: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def storage_error(error: OSError, place: Path) -> BitnestError:
+    """A full disk or a missing permission, said as one."""
+    return ArtifactError(
+        f"cannot write: {error.strerror or error}",
+        where=str(place),
+        hint="free space or choose another -o; the same command resumes at the last finished block",
+    )

@@ -1,0 +1,189 @@
+"""The collector: what one block's matrices read while all samples pass through it.
+
+For a linear layer the statistic is H = mean over tokens of x x^T; layers that read the same tensor
+(q, k and v; gate and up) share one H, found by watching which tensor each is given. Experts are not
+reduced on the way: their inputs and routing are kept, so that Hessians can be formed a few experts
+at a time and an expert's down projection can be fitted to what its quantised gate and up really
+produce.
+
+    H_e = sum_t w_t x_t x_t^T / sum_t w_t       over the tokens routed to expert e
+
+with w_t = 1, the gate weight ("gate", MoEQuant's affinity-guided weighting) or its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitnest.kernels.experts import Weights, experts_forward, up_name
+
+WEIGHTINGS = ("none", "gate", "gate2")
+
+
+@dataclass
+class Hessian:
+    """Running sum of x x^T. total: (I, I) float32. tokens: how many were added."""
+
+    total: torch.Tensor
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add rows x (tokens, I)."""
+        x = x.float()
+        self.total.addmm_(x.T, x)
+        self.tokens += len(x)
+
+    def mean(self) -> torch.Tensor:
+        """H, averaged over tokens."""
+        return self.total / max(self.tokens, 1)
+
+
+@dataclass
+class Routed:
+    """Inputs of one layer's experts: states (tokens, hidden), index and gates (tokens, k)."""
+
+    states: list[torch.Tensor] = field(default_factory=list)
+    index: list[torch.Tensor] = field(default_factory=list)
+    gates: list[torch.Tensor] = field(default_factory=list)
+
+    def join(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All batches in one: states, index, gates."""
+        joined = tuple(_cat(parts) for parts in (self.states, self.index, self.gates))
+        return joined[0], joined[1], joined[2]
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) > 1:
+        parts[:] = [torch.cat(parts)]
+    return parts[0]
+
+
+class Collector:
+    """Hooks on one block; use as a context manager around the forward passes.
+
+    hessians: module name -> Hessian, one object shared by modules that read the same tensor.
+    routed: experts module name -> Routed.
+    """
+
+    def __init__(
+        self,
+        linears: Iterable[tuple[str, nn.Module]],
+        experts: Iterable[tuple[str, nn.Module]],
+    ) -> None:
+        self.hessians: dict[str, Hessian] = {}
+        self.routed: dict[str, Routed] = {}
+        self._linears = list(linears)
+        self._experts = list(experts)
+        self._undo: list[Callable[[], None]] = []
+        self._first: dict[tuple[int, int, int], tuple[str, torch.Tensor]] | None = {}
+        self._leaders: set[str] = set()
+
+    def __enter__(self) -> Collector:
+        for name, module in self._linears:
+            handle = module.register_forward_pre_hook(self._reader(name))
+            self._undo.append(handle.remove)
+        for name, module in self._experts:
+            self.routed[name] = Routed()
+            module.forward = self._recorder(name, module)
+            self._undo.append(lambda module=module: delattr(module, "forward"))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def after_batch(self) -> None:
+        """Tell the collector that a batch is through: who shares whose input is known now."""
+        self._first = None
+
+    def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            width = x.shape[-1]
+            if self._first is not None:
+                # The first batch's inputs are kept alive, so an address names one tensor only.
+                key = (x.data_ptr(), x.numel(), width)
+                leader, _ = self._first.setdefault(key, (name, x))
+                if leader != name:
+                    self.hessians[name] = self.hessians[leader]
+                else:
+                    zeros = torch.zeros(width, width, device=x.device)
+                    self.hessians[name] = Hessian(zeros)
+                    self._leaders.add(name)
+            if name in self._leaders:
+                self.hessians[name].add(x.reshape(-1, width))
+
+        return read
+
+    def _recorder(self, name: str, module: Any) -> Callable[..., torch.Tensor]:
+        weights = dense_weights(module)
+
+        def forward(
+            hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            routed = self.routed[name]
+            routed.states.append(hidden.detach().cpu())
+            routed.index.append(top_k_index.detach().cpu())
+            routed.gates.append(top_k_weights.detach().cpu())
+            return experts_forward(module, weights, hidden, top_k_index, top_k_weights)
+
+        return forward
+
+
+def dense_weights(module: Any) -> Weights:
+    """The module's own 3-D parameters, seen one (out, in) matrix at a time."""
+
+    def weights(expert: int, param: str) -> torch.Tensor:
+        matrix = getattr(module, param)[expert]
+        return matrix.T if module.is_transposed else matrix
+
+    return weights
+
+
+def expert_tokens(
+    index: torch.Tensor, gates: torch.Tensor, expert: int, weighting: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens routed to one expert and their weights w_t.
+
+    index, gates: (tokens, k). Returns token numbers (n,) and weights (n,) float32.
+    """
+    rows, places = torch.nonzero(index == expert, as_tuple=True)
+    w = gates[rows, places].float()
+    if weighting == "none":
+        w = torch.ones_like(w)
+    elif weighting == "gate2":
+        w = w.square()
+    return rows, w
+
+
+def weighted_mean(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """sum_t w_t x_t x_t^T / sum_t w_t for x (n, I), w (n,); zeros when no token came."""
+    x = x.float()
+    total = w.sum()
+    if total <= 0:
+        return torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    return (x * (w / total)[:, None]).T @ x
+
+
+__all__ = [
+    "WEIGHTINGS",
+    "Collector",
+    "Hessian",
+    "Routed",
+    "dense_weights",
+    "expert_tokens",
+    "up_name",
+    "weighted_mean",
+]

@@ -1,0 +1,228 @@
+"""Streaming: run a model block by block over stored hidden states, one block in memory at a time.
+
+The skeleton's blocks are replaced by recorders and the model is run once per batch shape: that
+gives the hidden states entering the first block and, without computing anything, the arguments
+(masks, rotary embeddings) every block is called with. From then on `run` sends all samples through
+one real block. Hidden states lie in memory, or in a memory-mapped file above a limit.
+
+Left out: models whose block arguments depend on the sample beyond its hidden states (refused), and
+outputs after the last block.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitnest.errors import UnsupportedModel
+from bitnest.skeleton import Skeleton
+
+BATCH_TOKENS = 4096
+
+
+class _Done(Exception):
+    """Raised by the last recorder: nothing after the blocks is needed."""
+
+
+@dataclass
+class _Call:
+    """What one block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """Hidden states of all calibration samples on their way through the blocks.
+
+    hidden: (samples, length, hidden_size), the states entering the next block.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_limit: int | None = None,
+    ) -> None:
+        """Embed `tokens` (samples, length) and learn how every block is called.
+
+        dtype: of hidden states. memory_limit: bytes of hidden states kept in memory; more go to
+        a temporary file.
+
+        Raises:
+            UnsupportedModel: blocks are called with arguments that change from sample to sample.
+        """
+        self.skeleton = skeleton
+        self.device = device
+        self.dtype = dtype
+        samples, length = tokens.shape
+        self.batch = max(1, BATCH_TOKENS // length)
+        self._calls: dict[int, list[_Call]] = {}
+        self._file: Any = None
+        self._limit = memory_limit
+        self._tuple_output = False
+        self._embed(tokens)
+
+    def batches(self) -> Iterator[slice]:
+        """Sample ranges, in order."""
+        for start in range(0, len(self.hidden), self.batch):
+            yield slice(start, min(start + self.batch, len(self.hidden)))
+
+    @torch.no_grad()
+    def run(
+        self, layer: int, *, keep: bool, after_batch: Callable[[], None] | None = None
+    ) -> None:
+        """Send every sample through block `layer`, which must hold its weights.
+
+        keep: store the outputs as the next block's inputs. after_batch: called between batches.
+        """
+        block = self.skeleton.blocks[layer]
+        for part in self.batches():
+            states = self.hidden[part].to(self.device)
+            call = self._calls[len(states)][layer]
+            output = block(states, *call.args, **call.kwargs)
+            if keep:
+                self.hidden[part] = output[0] if isinstance(output, tuple) else output
+            if after_batch is not None:
+                after_batch()
+
+    def _embed(self, tokens: torch.Tensor) -> None:
+        skeleton = self.skeleton
+        head = skeleton.model.get_output_embeddings()
+        head_name = next((n for n, m in skeleton.model.named_modules() if m is head), None)
+        outside = [
+            name
+            for name, _ in skeleton.model.named_children()
+            if name != head_name
+        ]
+        for name in outside:
+            skeleton.fill(name, dtype=skeleton.checkpoint.dtype, device=self.device, skip=skeleton.prefix)
+        hook = skeleton.model.get_input_embeddings().register_forward_hook(
+            lambda _m, _a, out: out.to(self.dtype)
+        )
+        self._move_buffers()
+        try:
+            for start in range(0, len(tokens), self.batch):
+                part = tokens[start : start + self.batch].to(self.device)
+                states, calls = self._record(part)
+                self._remember(len(part), calls)
+                if start == 0:
+                    self.hidden = self._allocate((*tokens.shape, states.shape[-1]))
+                self.hidden[start : start + len(part)] = states
+        finally:
+            hook.remove()
+        for name in outside:
+            for child, parameter in skeleton.model.get_submodule(name).named_parameters():
+                full = f"{name}.{child}"
+                if not full.startswith(skeleton.prefix + ".") and not parameter.is_meta:
+                    skeleton.drop_parameter(full)
+
+    def _move_buffers(self) -> None:
+        for module in self.skeleton.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def _record(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[_Call]]:
+        """Run the model with recorders for blocks: first block's input, every block's arguments."""
+        blocks = self.skeleton.blocks
+        first: list[torch.Tensor] = []
+        calls: list[_Call] = []
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                states, rest = _split_hidden(args, kwargs)
+                if index == 0:
+                    first.append(states.detach())
+                elif states.shape != first[0].shape:
+                    raise _WantsTuple
+                calls.append(_Call(rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+                if index == len(blocks) - 1:
+                    raise _Done
+                return (states,) if self._tuple_output else states
+
+            return forward
+
+        for index, block in enumerate(blocks):
+            block.forward = recorder(index)
+        try:
+            with torch.no_grad():
+                self.skeleton.model.base_model(input_ids=tokens, use_cache=False)
+        except _Done:
+            pass
+        except _WantsTuple:
+            self._tuple_output = True
+            return self._record(tokens)
+        finally:
+            for block in blocks:
+                del block.forward
+        if len(calls) != len(blocks):
+            raise UnsupportedModel(
+                f"the model called {len(calls)} of its {len(blocks)} blocks",
+                where=type(self.skeleton.model).__name__,
+            )
+        return first[0], calls
+
+    def _remember(self, size: int, calls: list[_Call]) -> None:
+        known = self._calls.setdefault(size, calls)
+        for layer, (a, b) in enumerate(zip(known, calls, strict=True)):
+            if not (_same(a.args, b.args) and _same(a.kwargs, b.kwargs)):
+                raise UnsupportedModel(
+                    f"block {layer} is called with arguments that differ from sample to sample",
+                    where=type(self.skeleton.model).__name__,
+                    hint="such models cannot be streamed block by block; use --method rtn",
+                )
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        count = 1
+        for dim in shape:
+            count *= dim
+        if self._limit is None or count * self.dtype.itemsize <= self._limit:
+            return torch.empty(shape, dtype=self.dtype)
+        return self.scratch(shape)
+
+    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of hidden-state type in a temporary file that vanishes with it."""
+        count = 1
+        for dim in shape:
+            count *= dim
+        with tempfile.NamedTemporaryFile(prefix="bitnest-hidden-") as file:
+            file.truncate(count * self.dtype.itemsize)
+            mapped = torch.from_file(file.name, shared=True, size=count, dtype=self.dtype)
+            return mapped.view(shape)
+
+    @property
+    def spills(self) -> bool:
+        """Whether hidden states are in a file, because they are over the memory limit."""
+        return self._limit is not None and self.hidden.nbytes > self._limit
+
+
+class _WantsTuple(Exception):
+    """The model indexes what a block returns: recorders must return tuples."""
+
+
+def _split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    if args:
+        return args[0], args[1:]
+    return kwargs["hidden_states"], ()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (int, float, str, bool, type(None))):
+        return a == b
+    return True  # caches and the like: created per call, empty without use_cache

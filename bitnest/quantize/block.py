@@ -1,0 +1,276 @@
+"""Quantising one decoder block from what the collector saw: linears, then experts.
+
+Matrices that share an input and a format are solved as one: their rows are stacked. Experts of one
+layer are solved in chunks, batched, gate and up first; the down projection is then fitted to the
+outputs of the *quantised* gate and up.
+
+Starved experts. With n routed tokens and a minimum m, an expert's H is
+
+    H_e' = (1 - l) H_e + l H_all,   l = max(0, 1 - n / m)
+
+where H_all is measured by sending an even sample of the layer's tokens through that expert, whether
+or not they were routed to it. So an expert that saw nothing is fitted to the layer's inputs, and
+its down projection to its own response to them (channels of different experts have nothing in
+common, so averaging other experts' down inputs would be meaningless).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitnest.calibrate.collector import (
+    Collector,
+    Routed,
+    dense_weights,
+    expert_tokens,
+    weighted_mean,
+)
+from bitnest.formats import Format, IntFormat
+from bitnest.kernels.experts import down_input, up_name
+from bitnest.quantize.codecs.integer import IntCodec
+from bitnest.quantize.gptq import Quantized, gptq, rtn
+from bitnest.sites import Site
+
+
+@dataclass(frozen=True)
+class Options:
+    """Dials of the solver.
+
+    method: gptq or rtn. damp: see gptq. weighting: tokens' weights in an expert's H. min_tokens:
+    tokens under which an expert's H leans on the layer's; None: its number of input channels.
+    clip: search clipping ratios. scale_dtype: stored type of scales.
+    """
+
+    method: str = "gptq"
+    damp: float = 0.01
+    weighting: str = "gate"
+    min_tokens: int | None = None
+    clip: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass
+class Solved:
+    """One site's stored tensors and its loss.
+
+    tensors: as the format lays them out. error: relative output error tr(dW H dW^T)/tr(W H W^T);
+    for rtn |dW|^2/|W|^2. tokens: calibration tokens its H saw, None without calibration.
+    """
+
+    site: Site
+    fmt: Format
+    tensors: dict[str, torch.Tensor]
+    error: float
+    tokens: int | None
+
+
+class BlockSolver:
+    """Solves the sites of one block and writes the decoded weights back into the model.
+
+    parameter: gives the model parameter of a site, which must hold its weights.
+    """
+
+    def __init__(
+        self,
+        formats: dict[str, Format],
+        options: Options,
+        parameter: Callable[[Site], torch.Tensor],
+    ) -> None:
+        self.formats = formats
+        self.options = options
+        self.parameter = parameter
+
+    def weights_only(self, sites: list[Site]) -> Iterator[Solved]:
+        """Round every site to nearest; no statistics needed."""
+        for site in sites:
+            fmt = self.formats[site.name]
+            if isinstance(fmt, IntFormat):
+                yield from self._finish([site], None, None, fmt)
+            else:
+                yield self._dense(site, fmt, None)
+
+    def linears(self, sites: list[Site], collector: Collector) -> Iterator[Solved]:
+        """Solve sites that are linear layers, those with one input and format together."""
+        batches: dict[tuple[int, str], list[Site]] = {}
+        for site in sites:
+            fmt, seen = self.formats[site.name], collector.hessians.get(site.module)
+            if not isinstance(fmt, IntFormat):
+                yield self._dense(site, fmt, seen.tokens if seen else 0)
+            elif seen is None:  # never called on any sample: nothing to fit to
+                yield from self._finish([site], None, 0, fmt)
+            else:
+                batches.setdefault((id(seen), fmt.name), []).append(site)
+        for same in batches.values():
+            seen = collector.hessians[same[0].module]
+            fmt = self.formats[same[0].name]
+            assert isinstance(fmt, IntFormat)
+            yield from self._finish(same, seen.mean(), seen.tokens, fmt)
+
+    def experts(
+        self, sites: list[Site], module: Any, routed: Routed, chunk: int, device: torch.device
+    ) -> Iterator[Solved]:
+        """Solve one layer's fused experts, `chunk` experts at a time."""
+        states, index, gates = routed.join()
+        inputs = _ExpertInputs(states, index, gates, module, self.options, device)
+        by_expert: dict[int, list[Site]] = {}
+        for site in sites:
+            assert site.expert is not None
+            by_expert.setdefault(site.expert, []).append(site)
+        numbers = sorted(by_expert)
+        for start in range(0, len(numbers), chunk):
+            part = numbers[start : start + chunk]
+            solved: dict[int, list[Solved]] = {expert: [] for expert in part}
+            for param in (up_name(module), "down_proj"):
+                hessians = torch.stack([inputs.hessian(expert, param) for expert in part])
+                columns = [[s for s in by_expert[e] if s.param == param] for e in part]
+                for item in self._expert_batch(columns, hessians, inputs):
+                    assert item.site.expert is not None
+                    solved[item.site.expert].append(item)
+            inputs.forget()
+            for expert in part:
+                yield from solved[expert]
+
+    def _expert_batch(
+        self, columns: list[list[Site]], hessians: torch.Tensor, inputs: _ExpertInputs
+    ) -> Iterator[Solved]:
+        """Solve one projection of several experts; experts of equal formats go in one batch."""
+        batches: dict[tuple[str, ...], list[int]] = {}
+        for i, sites in enumerate(columns):
+            names = tuple(self.formats[site.name].name for site in sites)
+            batches.setdefault(names, []).append(i)
+        for names, members in batches.items():
+            for name in dict.fromkeys(names):
+                chosen = [
+                    [s for s, n in zip(columns[i], names, strict=True) if n == name]
+                    for i in members
+                ]
+                fmt = self.formats[chosen[0][0].name]
+                if not isinstance(fmt, IntFormat):
+                    for sites in chosen:
+                        for site in sites:
+                            assert site.expert is not None
+                            yield self._dense(site, fmt, inputs.count(site.expert))
+                    continue
+                h = hessians if len(members) == len(columns) else hessians[members]
+                weight = torch.stack([self._stack(sites) for sites in chosen])
+                result = self._solve(weight, h, fmt)
+                energy = ((weight @ h) * weight).sum(2)
+                for b, sites in enumerate(chosen):
+                    expert = sites[0].expert
+                    assert expert is not None
+                    yield from self._split(sites, result, energy, b, fmt, inputs.count(expert))
+
+    def _finish(
+        self, sites: list[Site], hessian: torch.Tensor | None, tokens: int | None, fmt: IntFormat
+    ) -> Iterator[Solved]:
+        weight = self._stack(sites)[None]
+        h = None if hessian is None else hessian[None]
+        result = self._solve(weight, h, fmt)
+        energy = weight.square().sum(2) if h is None else ((weight @ h) * weight).sum(2)
+        yield from self._split(sites, result, energy, 0, fmt, tokens)
+
+    def _solve(
+        self, weight: torch.Tensor, hessian: torch.Tensor | None, fmt: IntFormat
+    ) -> Quantized:
+        codec = IntCodec(fmt, self.options.scale_dtype, self.options.clip)
+        if hessian is None or self.options.method == "rtn":
+            return rtn(weight, codec)
+        return gptq(weight, hessian, codec, damp=self.options.damp)
+
+    def _stack(self, sites: list[Site]) -> torch.Tensor:
+        """Rows of all sites, (sum of O, I) float32."""
+        views = [site.view(self.parameter(site)) for site in sites]
+        return (views[0] if len(views) == 1 else torch.cat(views)).float()
+
+    def _split(
+        self,
+        sites: list[Site],
+        result: Quantized,
+        energy: torch.Tensor,
+        b: int,
+        fmt: IntFormat,
+        tokens: int | None,
+    ) -> Iterator[Solved]:
+        """Cut stacked rows back into sites; write each decoded weight into the model."""
+        codec = IntCodec(fmt, self.options.scale_dtype, self.options.clip)
+        start = 0
+        for site in sites:
+            rows = slice(start, start + site.shape[0])
+            start += site.shape[0]
+            site.view(self.parameter(site)).copy_(result.weight[b, rows])
+            zeros = None if fmt.symmetric else result.zeros[b, rows]
+            tensors = codec.store(result.codes[b, rows], result.scales[b, rows], zeros)
+            base = float(energy[b, rows].double().sum())
+            error = float(result.error[b, rows].double().sum()) / base if base > 0 else 0.0
+            yield Solved(site, fmt, tensors, error, tokens)
+
+    def _dense(self, site: Site, fmt: Format, tokens: int | None) -> Solved:
+        return Solved(site, fmt, {}, 0.0, tokens)
+
+
+class _ExpertInputs:
+    """Hessians of one layer's experts, formed on demand from their routed tokens."""
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        index: torch.Tensor,
+        gates: torch.Tensor,
+        module: Any,
+        options: Options,
+        device: torch.device,
+    ) -> None:
+        self.states, self.index, self.gates = states, index, gates
+        self.module, self.options, self.device = module, options, device
+        self.weights = dense_weights(module)
+        self._counts = torch.bincount(index.flatten(), minlength=module.num_experts).tolist()
+        self._tokens: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sample: torch.Tensor | None = None
+        self._sample_mean: torch.Tensor | None = None
+
+    def count(self, expert: int) -> int:
+        """Tokens routed to the expert."""
+        return int(self._counts[expert])
+
+    def forget(self) -> None:
+        """Free what was kept for the current chunk."""
+        self._tokens.clear()
+
+    def hessian(self, expert: int, param: str) -> torch.Tensor:
+        """H of one projection of one expert, (I, I); down's input uses the current gate and up."""
+        down = param == "down_proj"
+        x, w = self._routed(expert)
+        own = weighted_mean(self._inner(expert, x) if down else x, w)
+        minimum = self.options.min_tokens or own.shape[0]
+        lean = 1.0 - self.count(expert) / minimum
+        if lean <= 0:
+            return own
+        return own.mul_(1 - lean).add_(self._layer_mean(expert, minimum, down), alpha=lean)
+
+    def _layer_mean(self, expert: int, minimum: int, down: bool) -> torch.Tensor:
+        if self._sample is None:
+            count = min(len(self.states), max(minimum, 256))
+            rows = torch.linspace(0, len(self.states) - 1, count).long()
+            self._sample = self.states[rows].to(self.device)
+            self._sample_mean = weighted_mean(
+                self._sample, torch.ones(count, device=self.device)
+            )
+        if not down:
+            assert self._sample_mean is not None
+            return self._sample_mean
+        inner = self._inner(expert, self._sample)
+        return weighted_mean(inner, torch.ones(len(inner), device=self.device))
+
+    def _inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        up = self.weights(expert, up_name(self.module))
+        return down_input(self.module, up, expert, x)
+
+    def _routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert not in self._tokens:
+            rows, w = expert_tokens(self.index, self.gates, expert, self.options.weighting)
+            self._tokens[expert] = (self.states[rows].to(self.device), w.to(self.device))
+        return self._tokens[expert]

@@ -1,0 +1,407 @@
+"""compress: a checkpoint becomes an artifact, one decoder block in memory at a time.
+
+For each block: fill it from the checkpoint, send the calibration samples through it while the
+collector watches, solve every site, store the packed weights, send the samples through the
+quantised block, free it. Round-to-nearest needs no samples and skips those passes.
+
+Everything that can be refused is refused before the first block: formats, rules, calibration text,
+NaN in the weights, disk space, the output's place. A killed run resumes at the last finished block:
+finished blocks are read back, decoded and replayed, and since everything is deterministic the bytes
+come out the same. Runs with other inputs, versions or thread counts do not resume each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bitnest import __version__
+from bitnest.artifact import (
+    Artifact,
+    SiteRecord,
+    Writer,
+    finished_with,
+    partial_directory,
+    site_tensors,
+    storage_error,
+)
+from bitnest.calibrate.collector import Collector
+from bitnest.calibrate.data import CalibrationSet
+from bitnest.calibrate.stream import Stream
+from bitnest.checkpoint import Checkpoint
+from bitnest.errors import ArtifactError
+from bitnest.formats import Format, IntFormat, parse_format
+from bitnest.kernels.dequantize import decode_int
+from bitnest.quantize.block import BlockSolver, Options, Solved
+from bitnest.quantize.memory import Budget
+from bitnest.recipe import Recipe
+from bitnest.safetensors_io import Entry, entry, read_header
+from bitnest.sites import Site, find_sites, is_experts
+from bitnest.skeleton import Skeleton
+
+ALGORITHM = 1  # raised when the same inputs would give other bytes than an earlier version
+
+
+class Progress(Protocol):
+    """Where a long run reports to."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A stage begins that consists of `total` steps."""
+
+    def step(self, amount: int = 1, note: str = "") -> None:
+        """Some of the stage's steps are done."""
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Ignore."""
+
+    def step(self, amount: int = 1, note: str = "") -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All inputs of one run, checked.
+
+    calibration: tokens to calibrate on, None for rtn. memory: bytes the process may use, or None.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    sites: list[Site]
+    formats: dict[str, Format]
+    recipe: Recipe
+    calibration: CalibrationSet | None
+    device: torch.device
+    memory: int | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value in the source."""
+        return self.checkpoint.dtype.itemsize
+
+    def block_sites(self, layer: int) -> list[Site]:
+        """Sites of one block."""
+        return [site for site in self.sites if site.layer == layer]
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    memory: int | None = None,
+) -> Job:
+    """Build the skeleton, find the sites and give each its format; nothing is read or written yet.
+
+    Raises:
+        UnsupportedModel, RecipeError, FormatError.
+    """
+    skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
+    sites = find_sites(skeleton)
+    formats = recipe.formats(sites, checkpoint.dtype.itemsize)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Job(checkpoint, skeleton, sites, formats, recipe, None, chosen, memory)
+
+
+def run(
+    job: Job, out: Path, *, fresh: bool = False, progress: Progress | None = None
+) -> tuple[Artifact, float]:
+    """Carry out `job` into the directory `out`; returns the artifact and the seconds it took.
+
+    Raises:
+        BitnestError: before work for whatever can be known then; during work for a full disk.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    budget = Budget.plan(job.skeleton, job.sites, job.memory)
+    progress.phase("checking weights", job.checkpoint.nbytes)
+    source_hash = job.checkpoint.scan(progress.step)
+    fingerprint = _fingerprint(job, source_hash)
+    done = finished_with(out, fingerprint)
+    if done is not None:
+        return done, time.monotonic() - started
+    writer = Writer(out, fingerprint, len(job.skeleton.blocks))
+    new = not writer.partial.exists()
+    _check_space(job, out)
+    try:
+        finished = writer.begin(fresh=fresh)
+        with _deterministic():
+            _Run(job, writer, budget, progress).blocks(finished)
+        progress.phase("writing dense tensors", 1)
+        artifact = writer.finish(
+            job.checkpoint.path, _config(job), _dense_entries(job), _manifest(job, fingerprint)
+        )
+        progress.step()
+    except OSError as error:
+        if new and not any(writer.state.glob("block-*")):
+            shutil.rmtree(writer.partial, ignore_errors=True)  # nothing in it worth resuming
+        raise storage_error(error, out) from error
+    return artifact, time.monotonic() - started
+
+
+class _Run:
+    """The loop over blocks."""
+
+    def __init__(self, job: Job, writer: Writer, budget: Budget, progress: Progress) -> None:
+        self.job, self.writer, self.budget, self.progress = job, writer, budget, progress
+        self.skeleton = job.skeleton
+        recipe = job.recipe
+        self.scale_dtype = (
+            torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
+        )
+        options = Options(
+            recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
+            self.scale_dtype,
+        )  # fmt: skip
+        self.solver = BlockSolver(job.formats, options, self._parameter)
+        self.stream: Stream | None = None
+
+    def _parameter(self, site: Site) -> torch.Tensor:
+        return self.skeleton.model.get_parameter(site.path).data
+
+    def blocks(self, finished: int) -> None:
+        """Do every block from `finished` on; replay the ones before it."""
+        count = len(self.skeleton.blocks)
+        if finished == count:
+            return
+        self.progress.phase("compressing", count)
+        if self.job.calibration is not None:
+            self.stream = Stream(
+                self.skeleton,
+                self.job.calibration.tokens,
+                dtype=torch.float32,
+                device=self.job.device,
+                memory_limit=self.budget.hidden,
+            )
+        for layer in range(count):
+            prefix = f"{self.skeleton.prefix}.{layer}"
+            if layer < finished:
+                if self.stream is not None:
+                    self._replay(layer, prefix)
+                self.progress.step(note=f"block {layer} resumed")
+                continue
+            self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
+            self._store(layer, list(self._solve(layer, prefix)))
+            if self.stream is not None and layer + 1 < count:
+                self.stream.run(layer, keep=True)
+            self.skeleton.drop(prefix)
+            self.progress.step()
+
+    def _solve(self, layer: int, prefix: str) -> Iterator[Solved]:
+        sites = self.job.block_sites(layer)
+        if self.stream is None:
+            yield from self.solver.weights_only(sites)
+            return
+        modules = dict(self.skeleton.blocks[layer].named_modules(prefix=prefix))
+        fused = {s.module for s in sites if is_experts(modules[s.module])}
+        linears = [s for s in sites if s.module not in fused]
+        collector = Collector(
+            [(s.module, modules[s.module]) for s in linears],
+            [(name, modules[name]) for name in sorted(fused)],
+        )
+        with collector:
+            self.stream.run(layer, keep=False, after_batch=collector.after_batch)
+        yield from self.solver.linears(linears, collector)
+        collector.hessians.clear()
+        for name in sorted(fused):
+            own = [site for site in sites if site.module == name]
+            chunk = self.budget.expert_chunk(own)
+            routed = collector.routed.pop(name)
+            yield from self.solver.experts(own, modules[name], routed, chunk, self.job.device)
+
+    def _store(self, layer: int, solved: Sequence[Solved]) -> None:
+        records, entries = [], []
+        for item, tensors in _with_dense_experts(solved, self._parameter, self.job):
+            parts = [entry(f"{item.site.name}.{key}", value) for key, value in tensors.items()]
+            nbytes = item.fmt.nbytes(item.site.shape)
+            assert not parts or nbytes == sum(part.nbytes for part in parts), item.site.name
+            file = self.writer.packed_name(layer) if parts else ""
+            records.append(
+                SiteRecord(item.site, item.fmt.name, nbytes, item.error, item.tokens, file)
+            )
+            entries.extend(parts)
+        self.writer.write_block(layer, records, entries)
+
+    def _replay(self, layer: int, prefix: str) -> None:
+        """Send the samples through a block finished earlier, with the weights it was given."""
+        assert self.stream is not None
+        if layer + 1 == len(self.skeleton.blocks):
+            return
+        self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
+        records = [r for r in self.writer.block_records(layer) if r.file]
+        headers = read_header(self.writer.work / records[0].file) if records else {}
+        for record in records:
+            fmt = parse_format(record.format)
+            if isinstance(fmt, IntFormat):
+                tensors = site_tensors(record, headers)
+                weight = decode_int(tensors, fmt, record.site.shape)
+                record.site.view(self._parameter(record.site)).copy_(weight)
+        self.stream.run(layer, keep=True)
+        self.skeleton.drop(prefix)
+
+
+def _with_dense_experts(
+    solved: Sequence[Solved], parameter: Callable[[Site], torch.Tensor], job: Job
+) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
+    """Stored tensors of each site. An expert kept dense beside packed ones travels with them."""
+    packed = {item.site.module for item in solved if item.tensors}
+    for item in solved:
+        tensors = item.tensors
+        if not tensors and item.site.module in packed:
+            values = item.site.view(parameter(item.site))
+            tensors = {"weight": values.to(job.checkpoint.dtype).contiguous()}
+        yield item, tensors
+
+
+def dense_names(job: Job) -> list[str]:
+    """Checkpoint tensors that the artifact keeps as they are, in name order."""
+    by_module: dict[str, set[str]] = {}
+    for site in job.sites:
+        if isinstance(job.formats[site.name], IntFormat):
+            by_module.setdefault(site.module, set()).add(site.path)
+    gone: set[str] = set()
+    for site in job.sites:
+        if site.module in by_module:
+            gone.update(job.skeleton.sources[site.path].names)
+    return sorted(name for name in job.checkpoint.tensors if name not in gone)
+
+
+def packed_bytes(job: Job) -> int:
+    """Bytes of all packed tensors, exactly."""
+    modules = {
+        site.module for site in job.sites if isinstance(job.formats[site.name], IntFormat)
+    }
+    return sum(
+        job.formats[site.name].nbytes(site.shape) for site in job.sites if site.module in modules
+    )
+
+
+def _dense_entries(job: Job) -> list[Entry]:
+    from bitnest.safetensors_io import DTYPES
+
+    entries = []
+    for name in dense_names(job):
+        info = job.checkpoint.tensors[name]
+        values = _reader(job.checkpoint, name)
+        entries.append(Entry(name, DTYPES[info.dtype], info.shape, values))
+    return entries
+
+
+def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], torch.Tensor]:
+    return lambda: checkpoint.read(name)
+
+
+def _config(job: Job) -> dict[str, Any]:
+    """The source's config.json with what transformers needs to find bitnest."""
+    return {
+        **job.checkpoint.config,
+        "quantization_config": {
+            "quant_method": "bitnest",
+            "format_version": 1,
+            "format": job.recipe.format,
+        },
+    }
+
+
+def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
+    import transformers
+
+    calibration = job.calibration
+    return {
+        "source": source_hash,
+        "config": job.checkpoint.config,
+        "recipe": job.recipe.to_json(),
+        "calibration": None if calibration is None else calibration.sha256,
+        "algorithm": ALGORITHM,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": job.device.type,
+        "threads": torch.get_num_threads() if job.device.type == "cpu" else 0,
+        "memory": job.memory,
+    }
+
+
+def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    calibration = job.calibration
+    return {
+        "bitnest": __version__,
+        "source": {
+            "name": job.checkpoint.path.resolve().name,
+            "sha256": fingerprint["source"],
+            "bytes": job.checkpoint.nbytes,
+            "parameters": sum(
+                _numel(info.shape) for info in job.checkpoint.tensors.values()
+            ),
+        },
+        "architecture": type(job.skeleton.model).__name__,
+        "recipe": job.recipe.to_json(),
+        "calibration": None
+        if calibration is None
+        else {
+            "sha256": calibration.sha256,
+            "samples": calibration.tokens.shape[0],
+            "length": calibration.tokens.shape[1],
+            "sources": calibration.counts,
+        },
+        "fingerprint": fingerprint,
+    }
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for dim in shape:
+        count *= dim
+    return count
+
+
+def _check_space(job: Job, out: Path) -> None:
+    need = packed_bytes(job)
+    need += sum(job.checkpoint.tensors[name].nbytes for name in dense_names(job))
+    need += len(job.sites) * 1000 + (4 << 20)  # manifest, headers, tokenizer
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    partial = partial_directory(out)
+    have = shutil.disk_usage(place).free
+    have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+    if have < need:
+        raise ArtifactError(
+            f"the artifact needs {need:,} bytes of disk, {have:,} are free",
+            where=str(place),
+            hint="free space, choose another -o, or fewer --bits",
+        )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Gradients off, deterministic kernels where torch has a choice."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def with_calibration(job: Job, calibration: CalibrationSet | None) -> Job:
+    """The same job with its calibration tokens."""
+    return replace(job, calibration=calibration)
+
+
+def say(text: str) -> None:
+    """One line to people, on stderr."""
+    sys.stderr.write(text + "\n")

@@ -1,0 +1,196 @@
+"""GPTQ (Frantar et al., 2022): round column by column, let the columns left compensate.
+
+    H  <- H + damp * mean(diag H) * I              X X^T, summed over tokens
+    U  = upper Cholesky factor of H^-1             H^-1 = U^T U
+    for each column j:   q_j  = round(w_j)
+                         err  = (w_j - q_j) / U_jj
+                         w_k -= err * U_jk         for all k > j
+
+Scales of a group are fitted when the sweep enters the group, on the weights as compensated so far.
+Columns go in descending diag(H), as act-order does, but groups stay whole: groups descend by their
+total diag(H) and columns descend within their group, so each scale still covers g neighbouring
+input channels and nothing but codes and scales is stored. (The same idea is known as group-aware
+reordering.)
+
+U needs no explicit inverse: with H = R R^T, R upper triangular (a Cholesky factorisation run from
+the last column to the first), U = R^-1.
+
+All arrays are batched over B matrices of equal shape, experts for instance, and laid out
+(B, I, O): one column of W for all rows is then contiguous. A column that no token ever excited
+has H_jj = 0; its weights are rounded to nearest instead of being zeroed, as some implementations do,
+because text outside the calibration may excite it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitnest.quantize.codecs.integer import Grid, IntCodec
+
+BLOCK = 128  # columns whose compensation of the rest is applied in one product
+STEP = 32  # columns compensated one by one; the block's rest follows once per step
+
+
+@dataclass
+class Quantized:
+    """Result for B matrices of shape (O, I): codes (B, O, I) uint8, scales and zeros (B, O, G).
+
+    weight: the decoded matrices (B, O, I) float32. error: tr(dW H dW^T) per matrix and row,
+    (B, O), with the H given (mean squared output error times tokens if H is a sum).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    weight: torch.Tensor
+    error: torch.Tensor
+
+
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, codec: IntCodec, *, damp: float = 0.01
+) -> Quantized:
+    """Quantise B matrices, each against its own H.
+
+    weight: (B, O, I) float32, unchanged. hessian: (B, I, I) float32, symmetric, positive
+    semi-definite, unchanged. damp: share of the mean diagonal added to it.
+    """
+    width = weight.shape[2]
+    g = codec.fmt.group_size(width)
+    order = column_order(hessian.diagonal(dim1=1, dim2=2), g)
+    w = gather_rows(weight.transpose(1, 2), order)
+    permuted = gather_rows(gather_rows(hessian, order).transpose(1, 2), order)
+    importance = permuted.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    factor = inverse_factor(permuted, damp)
+    codes, grids = _sweep(w, factor, importance, codec, g)
+    inverse = order.argsort(dim=1)
+    group_order = order[:, ::g] // g  # the group that came at each place
+    scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2)
+    zeros = torch.stack([grid.zero.squeeze(1) for grid in grids], dim=2)
+    back = group_order.argsort(dim=1)[:, None, :].expand_as(scales)
+    scales, zeros = scales.gather(2, back), zeros.gather(2, back)
+    codes = gather_rows(codes, inverse).transpose(1, 2).contiguous()
+    decoded = _decode(codes, scales, zeros, g)
+    miss = weight - decoded
+    error = ((miss @ hessian) * miss).sum(2)
+    return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+
+
+def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None = None) -> Quantized:
+    """Round to nearest, group by group: no compensation.
+
+    weight: (B, O, I) float32. importance: (B, I) weights of the clipping search, or None. The
+    error is the sum of squared weight differences per row, importance-weighted if given.
+    """
+    w = weight.transpose(1, 2)
+    g = codec.fmt.group_size(w.shape[1])
+    codes = torch.empty_like(w)
+    grids = []
+    for start in range(0, w.shape[1], g):
+        part = slice(start, start + g)
+        h = None if importance is None else importance[:, part, None]
+        grid = codec.fit(w[:, part], h)
+        codes[:, part] = codec.codes(w[:, part], grid)
+        grids.append(grid)
+    scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2)
+    zeros = torch.stack([grid.zero.squeeze(1) for grid in grids], dim=2)
+    codes = codes.transpose(1, 2).contiguous()
+    decoded = _decode(codes, scales, zeros, g)
+    miss = (weight - decoded).square_()
+    error = miss.sum(2) if importance is None else (miss @ importance[:, :, None]).squeeze(2)
+    return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+
+
+def column_order(diagonal: torch.Tensor, g: int) -> torch.Tensor:
+    """Order of the columns: groups by total importance, columns by importance within theirs.
+
+    diagonal: (B, I). A short last group keeps the last place, so that every batch entry has its
+    groups at the same offsets. Returns indices (B, I). Ties keep their natural order.
+    """
+    batch, width = diagonal.shape
+    whole = width // g * g
+    parts = []
+    if whole:
+        body = diagonal[:, :whole].unflatten(1, (-1, g))
+        inside = body.argsort(dim=2, descending=True, stable=True)
+        groups = body.sum(2).argsort(dim=1, descending=True, stable=True)
+        inside = inside.gather(1, groups[:, :, None].expand(-1, -1, g))
+        parts.append((groups[:, :, None] * g + inside).flatten(1))
+    if whole < width:
+        tail = diagonal[:, whole:].argsort(dim=1, descending=True, stable=True)
+        parts.append(tail + whole)
+    return torch.cat(parts, dim=1).view(batch, width)
+
+
+def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """U (B, I, I), upper triangular, with U^T U = (H + damp * mean(diag H) * I)^-1.
+
+    A matrix that is still not positive definite gets ten times the damping until it is.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1).clamp_min(torch.finfo(hessian.dtype).tiny)
+    level = torch.full_like(mean, damp)
+    while True:
+        damped = hessian.flip(1, 2)  # last column first: the factor comes out upper triangular
+        damped.diagonal(dim1=1, dim2=2).add_((level * mean)[:, None])
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            break
+        level = torch.where(info > 0, level * 10, level)
+    upper = lower.flip(1, 2)
+    eye = torch.eye(upper.shape[1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
+
+
+def gather_rows(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows of each matrix (B, I, N) in its own order (B, I)."""
+    return torch.stack([m[o] for m, o in zip(matrix, order, strict=True)])
+
+
+def _sweep(
+    w: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, codec: IntCodec, g: int
+) -> tuple[torch.Tensor, list[Grid]]:
+    """The loop above on columns already in order. w (B, I, O) is used up."""
+    width = w.shape[1]
+    codes = torch.empty_like(w)
+    grids: list[Grid] = []
+    if g >= width:  # one scale per row: fitted once, before the sweep
+        grids.append(codec.fit(w, importance))
+    block = BLOCK if g >= width else BLOCK // g * g
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        errors = torch.empty_like(w[:, start:stop])
+        a = start
+        while a < stop:
+            z = min(a + STEP, stop, (a // g + 1) * g)  # a step never crosses into the next group
+            if g < width and a % g == 0:
+                group = slice(a, min(a + g, width))
+                grids.append(codec.fit(w[:, group], importance[:, group]))
+            grid = grids[-1]
+            for j in range(a, z):
+                column = w[:, j : j + 1]
+                code = codec.codes(column, grid)
+                codes[:, j : j + 1] = code
+                miss = (column - codec.values(code, grid)) / factor[:, j, j, None, None]
+                errors[:, j - start : j - start + 1] = miss
+                if j + 1 < z:
+                    w[:, j + 1 : z] -= factor[:, j, j + 1 : z, None] * miss
+            if z < stop:
+                update = factor[:, a:z, z:stop].transpose(1, 2)
+                w[:, z:stop].baddbmm_(update, errors[:, a - start : z - start], alpha=-1)
+            a = z
+        if stop < width:
+            update = factor[:, start:stop, stop:].transpose(1, 2)
+            w[:, stop:].baddbmm_(update, errors, alpha=-1)
+    return codes, grids
+
+
+def _decode(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g: int
+) -> torch.Tensor:
+    """(codes - zero) * scale on (B, O, I) codes, groups along the last axis."""
+    width = codes.shape[2]
+    scale = scales.repeat_interleave(g, dim=2)[..., :width]
+    zero = zeros.repeat_interleave(g, dim=2)[..., :width]
+    return (codes.float() - zero).mul_(scale)

@@ -1,0 +1,75 @@
+"""The memory budget of a compression run: what fits is decided before work starts.
+
+`--memory` bounds the whole process. From it come off what the process already uses and one decoder
+block in float32 with the copies its reading needs; an eighth of the rest may hold hidden states (more
+goes to a file) and half of the rest the Hessians and working copies of one chunk of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitnest.errors import RecipeError
+from bitnest.sites import Site
+from bitnest.skeleton import Skeleton
+
+WORKING_COPIES = 6  # arrays of a matrix's or Hessian's size alive at once in the GPTQ sweep
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """hidden: bytes of hidden states kept in memory. work: bytes for one chunk of experts.
+
+    None: no bound was asked for.
+    """
+
+    hidden: int | None
+    work: int | None
+
+    @classmethod
+    def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
+        """Divide `memory` bytes.
+
+        Raises:
+            RecipeError: one block alone is larger than that.
+        """
+        if memory is None:
+            return cls(None, None)
+        block = max(
+            sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks
+        )
+        largest = max(p.numel() for b in skeleton.blocks for p in b.parameters())
+        matrix = max(_matrix_bytes([site]) for site in sites)
+        fixed = resident_bytes() + block + 2 * largest * skeleton.checkpoint.dtype.itemsize
+        rest = memory - fixed
+        if rest < matrix:
+            raise RecipeError(
+                f"--memory {memory / 2**30:.2f}GiB is too little: one block and the work on its "
+                f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
+                hint=f"--memory {(fixed + 2 * matrix) / 2**30:.1f}GiB or more",
+            )
+        return cls(rest // 8, rest // 2)
+
+    def expert_chunk(self, sites: Sequence[Site]) -> int:
+        """How many experts of a layer are solved at once."""
+        experts: dict[int | None, list[Site]] = {}
+        for site in sites:
+            experts.setdefault(site.expert, []).append(site)
+        if self.work is None:
+            return len(experts)
+        largest = max(_matrix_bytes(group) for group in experts.values())
+        return max(1, min(len(experts), self.work // largest))
+
+
+def _matrix_bytes(sites: Sequence[Site]) -> int:
+    """Working bytes for matrices solved together, Hessian included."""
+    width = max(site.shape[1] for site in sites)
+    return WORKING_COPIES * FLOAT * (width * width + sum(site.numel for site in sites))
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        return int(stream.read().split()[1]) * 4096

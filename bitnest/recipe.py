@@ -1,0 +1,139 @@
+"""A recipe: what was asked for, before any weight is looked at.
+
+Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites no
+rule matches get the default format. A pattern is a shell glob over the site's whole name
+(`*.mlp.experts.*.down_proj`) or, after `re:`, a regular expression that must match somewhere in it;
+a site's kind can be named as `kind:attention`. Routers stay dense unless a rule names them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bitnest.errors import RecipeError
+from bitnest.formats import DenseFormat, Format, IntFormat, parse_format
+from bitnest.sites import KINDS, Site
+
+METHODS = ("gptq", "rtn")
+DEFAULT_BITS = 4
+DEFAULT_GROUP = 128
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe: sites that match `pattern` get `format`."""
+
+    pattern: str
+    format: str
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """A rule spelt PATTERN=FORMAT.
+
+        Raises:
+            RecipeError, FormatError: not of that form.
+        """
+        pattern, equals, fmt = text.rpartition("=")
+        if not equals or not pattern:
+            raise RecipeError(
+                f"a rule reads PATTERN=FORMAT, not '{text}'",
+                hint="for example --rule 'kind:attention=int8-g128' or --rule '*.down_proj=dense'",
+            )
+        parse_format(fmt)
+        return cls(pattern, fmt)
+
+    def matcher(self) -> Callable[[Site], bool]:
+        """Whether a site matches.
+
+        Raises:
+            RecipeError: a broken regular expression or an unknown kind.
+        """
+        if self.pattern.startswith("kind:"):
+            kind = self.pattern.removeprefix("kind:")
+            if kind not in KINDS:
+                raise RecipeError(f"unknown kind '{kind}'", hint="one of " + ", ".join(KINDS))
+            return lambda site: site.kind == kind
+        if self.pattern.startswith("re:"):
+            try:
+                regex = re.compile(self.pattern.removeprefix("re:"))
+            except re.error as error:
+                raise RecipeError(f"broken pattern '{self.pattern}': {error}") from error
+            return lambda site: regex.search(site.name) is not None
+        return lambda site: fnmatch.fnmatchcase(site.name, self.pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result besides the model and the calibration text.
+
+    format: default format name. rules: see above. method: gptq or rtn. damp: share of the mean
+    diagonal added to H. weighting: tokens' weights in an expert's H. min_tokens: tokens under which
+    an expert's H leans on its layer's inputs; None: as many as the expert has input channels.
+    clip: search the clipping ratio of every scale. seed: of the choice of calibration windows.
+    """
+
+    format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
+    rules: tuple[Rule, ...] = ()
+    method: str = "gptq"
+    damp: float = 0.01
+    weighting: str = "gate"
+    min_tokens: int | None = None
+    clip: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_format(self.format)
+        if self.method not in METHODS:
+            raise RecipeError(f"unknown method '{self.method}'", hint="one of " + ", ".join(METHODS))
+        if not 0 < self.damp < 1:
+            raise RecipeError(f"damp is a share between 0 and 1, not {self.damp}")
+
+    def formats(self, sites: Sequence[Site], itemsize: int) -> dict[str, Format]:
+        """The format of every site. itemsize: bytes of a source value, for dense sites.
+
+        Raises:
+            RecipeError: a rule that matches no site.
+        """
+        chosen: dict[str, Format] = {}
+        for site in sites:
+            name = "dense" if site.kind == "router" else self.format
+            chosen[site.name] = _sized(parse_format(name), itemsize)
+        for rule in self.rules:
+            matches, fmt = rule.matcher(), _sized(parse_format(rule.format), itemsize)
+            hits = [site.name for site in sites if matches(site)]
+            if not hits:
+                raise RecipeError(
+                    f"rule '{rule.pattern}={rule.format}' matches no site",
+                    hint="bitnest inspect MODEL lists every site by name",
+                )
+            chosen.update(dict.fromkeys(hits, fmt))
+        return chosen
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the manifest and the fingerprint."""
+        return asdict(self)
+
+
+def default_format(bits: int | None, fmt: str | None, group: int | None) -> str:
+    """The format name that --bits, --format and --group ask for together.
+
+    Raises:
+        RecipeError, FormatError: contradictory or impossible.
+    """
+    if fmt is not None:
+        if bits is not None or group is not None:
+            raise RecipeError(
+                "--format already says bits and group", hint="leave out --bits and --group"
+            )
+        return parse_format(fmt).name
+    return IntFormat(
+        DEFAULT_BITS if bits is None else bits, DEFAULT_GROUP if group is None else group
+    ).name
+
+
+def _sized(fmt: Format, itemsize: int) -> Format:
+    return replace(fmt, itemsize=itemsize) if isinstance(fmt, DenseFormat) else fmt
