@@ -1,0 +1,142 @@
+"""Packed modules: linears and experts whose weights stay packed in memory and decode as they run.
+
+`PackedWeight` holds one site's stored tensors. `PackedLinear` replaces a linear layer. An experts
+module keeps its class's gating, activation and biases: `pack_experts` takes its 3-D weights away and
+gives it packed ones, decoded one expert at a time. The arithmetic is the plain reference path:
+decode, then a dense product in the input's type.
+
+Packed tensors are buffers outside the state dict: they are read from the artifact's packed files,
+not by transformers' loader, and `save_pretrained` of a packed model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bitnest.formats import Format, IntFormat
+from bitnest.kernels.dequantize import decode_int
+from bitnest.kernels.experts import experts_forward
+from bitnest.sites import Site
+
+
+class PackedWeight(nn.Module):
+    """One site's stored tensors; `decode` gives the (out, in) matrix.
+
+    fmt: how it is stored. shape: (out, in). Tensors are set by `load`.
+    """
+
+    def __init__(self, fmt: Format, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.shape = shape
+        parts = fmt.tensors(shape) if isinstance(fmt, IntFormat) else {"weight": shape}
+        for name in parts:
+            self.register_buffer(name, None, persistent=False)
+        self.parts = tuple(parts)
+
+    def load(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Take the stored tensors onto `device`."""
+        for name in self.parts:
+            setattr(self, name, tensors[name].to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(getattr(self, name).nbytes for name in self.parts)
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense (out, in) matrix, made anew at each call."""
+        if isinstance(self.fmt, IntFormat):
+            tensors = {name: getattr(self, name) for name in self.parts}
+            return decode_int(tensors, self.fmt, self.shape, dtype)
+        dense: torch.Tensor = self.weight
+        return dense.to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
+        """Move between devices, but never let `.to(dtype)` change stored scales."""
+        stored = {name: getattr(self, name) for name in self.parts}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.fmt.name}, shape={self.shape}"
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W packed. in_features, out_features and bias as in nn.Linear."""
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.packed = packed
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded matrix, for code that looks at a layer's weight; in float32."""
+        return self.packed.decode(torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.packed.decode(x.dtype), self.bias)
+
+
+class _PackedExperts:
+    """What `pack_experts` mixes into an experts module's class."""
+
+    packed_sites: dict[str, list[tuple[Site, PackedWeight]]]
+
+    def packed_weight(self, expert: int, param: str, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's (out, in) matrix of `param`, its parts stacked in row order."""
+        parts = [w for _, w in self.packed_sites[f"{param}.{expert}"]]
+        decoded = [part.decode(dtype) for part in parts]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        return experts_forward(
+            self,
+            lambda expert, param: self.packed_weight(expert, param, dtype),
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+        )
+
+
+def pack_linear(parent: nn.Module, leaf: str, fmt: Format, site: Site) -> PackedWeight:
+    """Put a PackedLinear, still empty, in the place of `parent`'s linear layer `leaf`."""
+    old = getattr(parent, leaf)
+    packed = PackedWeight(fmt, site.shape)
+    setattr(parent, leaf, PackedLinear(packed, old.bias))
+    parent._is_hf_initialized = True  # type: ignore[assignment]  # nothing here to initialise
+    return packed
+
+
+def pack_experts(module: Any, sites: list[tuple[Site, Format]]) -> list[PackedWeight]:
+    """Take an experts module's 3-D weights and give it packed ones, still empty, in site order."""
+    weights = [PackedWeight(fmt, site.shape) for site, fmt in sites]
+    table: dict[str, list[tuple[Site, PackedWeight]]] = {}
+    for (site, _), weight in zip(sites, weights, strict=True):
+        table.setdefault(f"{site.param}.{site.expert}", []).append((site, weight))
+    for parts in table.values():
+        parts.sort(key=lambda part: part[0].rows or (0, 0))
+    for param in {site.param for site, _ in sites}:
+        delattr(module, param)
+    module.packed = nn.ModuleList(weights)
+    module.packed_sites = table
+    module._is_hf_initialized = True  # its weights come from the packed files
+    cls = type(module)
+    module.__class__ = type(f"Packed{cls.__name__}", (_PackedExperts, cls), {})
+    return weights

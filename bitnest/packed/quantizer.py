@@ -1,0 +1,106 @@
+"""How transformers opens an artifact: `AutoModelForCausalLM.from_pretrained(ARTIFACT)`.
+
+Before weights are loaded, every packed site's module is replaced by an empty packed one; transformers
+then loads the dense tensors; afterwards the packed files are read, one tensor at a time.
+
+Importing bitnest registers the quantizer without importing transformers: if transformers is loaded
+later, a hook on its quantizer registry does it then.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitnest.artifact import Artifact, SiteRecord, site_tensors
+from bitnest.errors import ArtifactError
+from bitnest.formats import parse_format
+from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
+
+METHOD = "bitnest"
+
+
+@register_quantization_config(METHOD)
+class BitnestConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact's config.json.
+
+    format: the default format's name. format_version: of the artifact's layout. What each site
+    really has is in bitnest.json.
+    """
+
+    def __init__(self, format: str = "", format_version: int = 1, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.format = format
+        self.format_version = format_version
+
+
+@register_quantizer(METHOD)
+class BitnestQuantizer(HfQuantizer):
+    """Replaces modules before loading, reads the packed files after."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise ArtifactError("an artifact is loaded from its directory, not from a state dict")
+        self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
+        self.weights = _replace_modules(model, self.artifact)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        headers = self.artifact.headers()
+        for record, weight in self.weights:
+            device = _device_of(model, record.site.module)
+            weight.load(site_tensors(record, headers), device)
+        del self.weights
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Packed models are saved by copying their artifact."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def _replace_modules(model: Any, artifact: Artifact) -> list[tuple[SiteRecord, PackedWeight]]:
+    by_module: dict[str, list[SiteRecord]] = {}
+    for record in artifact.packed():
+        by_module.setdefault(record.site.module, []).append(record)
+    weights: list[tuple[SiteRecord, PackedWeight]] = []
+    for name, records in by_module.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise ArtifactError(
+                f"the model has no module '{name}'",
+                where=str(artifact.path),
+                hint="the artifact was made with another version of transformers",
+            ) from error
+        formats = [parse_format(record.format) for record in records]
+        if records[0].site.param == "weight":
+            parent, _, leaf = name.rpartition(".")
+            packed = [pack_linear(model.get_submodule(parent), leaf, formats[0], records[0].site)]
+        else:
+            sites = [record.site for record in records]
+            packed = pack_experts(module, list(zip(sites, formats, strict=True)))
+        weights.extend(zip(records, packed, strict=True))
+    return weights
+
+
+def _device_of(model: Any, module: str) -> torch.device:
+    placement: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    for prefix in sorted(placement, key=len, reverse=True):
+        if prefix == "" or module == prefix or module.startswith(prefix + "."):
+            return torch.device(placement[prefix])
+    device: torch.device = model.device
+    return device
