@@ -1,0 +1,294 @@
+"""Export to compressed-tensors' `pack-quantized` files, which vLLM and transformers load.
+
+    config.json                 the source's, with quantization_config (see schemes.py)
+    model-*.safetensors         dense tensors byte for byte, then one file per decoder block:
+      <site>.weight_packed      int32 (O, ceil(I*b/32)), the artifact's codes as they are: a dense
+                                little-endian bitstream per row, symmetric codes as q + 2^(b-1)
+      <site>.weight_scale       model dtype (O, G)
+      <site>.weight_shape       int64 [2] = (O, I)
+      <site>.weight_zero_point  int32 (ceil(O*b/32), G), asymmetric only, packed along the rows
+    tokenizer and generation files, copied
+
+Everything is checked before anything is written. The directory is written beside its place, read
+back and compared with the artifact weight by weight (verify.py), and only then renamed; after an
+error nothing of it remains. The compressed-tensors package is not needed.
+
+Left out: activation schemes, floating-point weights, and packed experts of families whose
+checkpoints keep them in one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnest.artifact import MANIFEST, Artifact, SiteRecord
+from bitnest.errors import ArtifactError, TargetError
+from bitnest.export.schemes import quantization_config
+from bitnest.export.targets import (
+    DENSE_STREAM_BITS,
+    check_engine,
+    check_layout,
+    engine_notes,
+    int_format,
+    packed_sites,
+)
+from bitnest.export.verify import verify_export
+from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export holds.
+
+    path: the directory. nbytes: of all its files. weights: packed matrices. formats: their formats,
+    with counts. verified: matrices decoded from the export and found bit-identical to the
+    artifact's; 0 if that was not asked for. verifier: what decoded them. notes: what a person
+    should know before loading it.
+    """
+
+    path: Path
+    nbytes: int
+    weights: int
+    formats: dict[str, int]
+    verified: int
+    verifier: str
+    notes: tuple[str, ...]
+
+
+def export_compressed_tensors(
+    artifact_path: str | Path,
+    out: str | Path,
+    *,
+    engine: str | None = None,
+    verify: bool = True,
+) -> ExportResult:
+    """Write the artifact in `artifact_path` as a pack-quantized model directory `out`.
+
+    engine: refuse what this engine (see `targets.ENGINES`) cannot run; None refuses only what the
+    files cannot say and turns engines' limits into notes. verify: decode every weight of the
+    finished files by other code and compare bit for bit.
+
+    Raises:
+        TargetError: a site that the format or the engine cannot take; nothing was written.
+        ArtifactError: the artifact is damaged, `out` is in the way, the disk is full or read-only,
+            or the files do not decode to the artifact's weights; nothing is left behind.
+    """
+    artifact, out = Artifact.open(artifact_path), Path(out)
+    config = _read_json(artifact.path / CONFIG)
+    check_layout(artifact.records)
+    if engine is None:
+        notes = engine_notes(artifact.records, config)
+    else:
+        notes = check_engine(engine, artifact.records, config)
+    dense = _dense_tensors(artifact)
+    dtype = _model_dtype(config, dense)
+    config["quantization_config"] = quantization_config(artifact.records, _dense_linears(dense))
+    _check_scales(artifact, dtype)
+    _check_place(artifact, out, dtype)
+    if verify:
+        artifact.verify()
+    with _partial_directory(out) as work:
+        _write(artifact, work, config, dense, dtype)
+        verified, verifier = verify_export(artifact, work, dtype) if verify else (0, "")
+    formats: dict[str, int] = {}
+    for record in packed_sites(artifact.records):
+        formats[record.format] = formats.get(record.format, 0) + 1
+    odd = sorted({int_format(r).bits for r in packed_sites(artifact.records)})
+    if odd := [bits for bits in odd if bits in DENSE_STREAM_BITS]:
+        widths = "/".join(map(str, odd))
+        notes.append(f"{widths}-bit weights need readers with compressed-tensors 0.18 or newer")
+    nbytes = sum(file.stat().st_size for file in out.iterdir())
+    return ExportResult(
+        out, nbytes, sum(formats.values()), formats, verified, verifier, tuple(notes)
+    )
+
+
+def _write(
+    artifact: Artifact,
+    work: Path,
+    config: dict[str, Any],
+    dense: dict[str, TensorInfo],
+    dtype: torch.dtype,
+) -> None:
+    packed: dict[str, list[SiteRecord]] = {}
+    for record in packed_sites(artifact.records):
+        packed.setdefault(record.file, []).append(record)
+    dense_files = sorted({info.file for info in dense.values()})
+    count = len(dense_files) + len(packed)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number in range(count):
+        file = work / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        if number < len(dense_files):
+            shutil.copyfile(dense_files[number], file)
+        else:
+            block = sorted(packed)[number - len(dense_files)]
+            write_file(file, _packed_entries(artifact, packed[block], dtype))
+        for tensor, info in read_header(file).items():
+            weight_map[tensor] = file.name
+            total += info.nbytes
+    _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(work / CONFIG, config)
+    for name in _other_files(artifact):
+        shutil.copyfile(artifact.path / name, work / name)
+
+
+def _packed_entries(
+    artifact: Artifact, records: list[SiteRecord], dtype: torch.dtype
+) -> list[Entry]:
+    """The tensors of one block's sites, read when they are written."""
+    headers = read_header(artifact.path / records[0].file)
+    entries = []
+    for record in records:
+        name, shape = record.site.name, record.site.shape
+        parts = {key: headers[f"{name}.{key}"] for key in int_format(record).tensors(shape)}
+        entries.append(_entry(f"{name}.weight_packed", parts["codes"], torch.int32))
+        entries.append(_entry(f"{name}.weight_scale", parts["scales"], dtype))
+        entries.append(Entry(f"{name}.weight_shape", torch.int64, (2,), _constant(shape)))
+        if "zeros" in parts:
+            entries.append(_entry(f"{name}.weight_zero_point", parts["zeros"], torch.int32))
+    return entries
+
+
+def _entry(name: str, info: TensorInfo, dtype: torch.dtype) -> Entry:
+    return Entry(name, dtype, info.shape, lambda: read_tensor(info).to(dtype))
+
+
+def _constant(shape: tuple[int, int]) -> Callable[[], torch.Tensor]:
+    return lambda: torch.tensor(shape, dtype=torch.int64)
+
+
+def _dense_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
+    """Name -> place of every tensor outside the packed files."""
+    found: dict[str, TensorInfo] = {}
+    for name in sorted(artifact.manifest["files"]):
+        if name.startswith("model-") and name.endswith(".safetensors"):
+            found.update(read_header(artifact.path / name))
+    return found
+
+
+def _dense_linears(dense: dict[str, TensorInfo]) -> list[str]:
+    """Modules with a dense 2-D weight: linears, and embeddings, which ignoring does not change."""
+    return [
+        name.removesuffix(".weight")
+        for name, info in dense.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    ]
+
+
+def _other_files(artifact: Artifact) -> list[str]:
+    """Tokenizer, generation config, licence: what is neither weights nor generated."""
+    return [
+        name
+        for name in sorted(artifact.manifest["files"])
+        if not name.endswith(".safetensors") and name not in (CONFIG, INDEX, MANIFEST)
+    ]
+
+
+def _model_dtype(config: dict[str, Any], dense: dict[str, TensorInfo]) -> torch.dtype:
+    """The type engines will compute in, and so of the scales."""
+    inner = config.get("text_config") or {}
+    for source in (config, inner):
+        name = str(source.get("dtype") or source.get("torch_dtype") or "").removeprefix("torch.")
+        if name in FLOATS:
+            return FLOATS[name]
+    sizes: dict[str, int] = {}
+    for info in dense.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    known = [name for name in sizes if name in names]
+    if not known:
+        raise TargetError("config.json does not state the model's dtype", where=CONFIG)
+    return names[max(known, key=sizes.__getitem__)]
+
+
+def _check_scales(artifact: Artifact, dtype: torch.dtype) -> None:
+    headers = artifact.headers()
+    for record in packed_sites(artifact.records):
+        info = headers[f"{record.site.name}.scales"]
+        scales = read_tensor(info)
+        if scales.dtype == dtype:
+            continue
+        if not torch.equal(scales.to(dtype).double(), scales.double()):
+            raise TargetError(
+                f"scales stored as {scales.dtype} are not exact in the model's {dtype}",
+                where=record.site.name,
+                hint="compress a checkpoint whose config.json states the type it is stored in",
+            )
+
+
+def _check_place(artifact: Artifact, out: Path, dtype: torch.dtype) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArtifactError(
+            "the output is in the way", where=str(out), hint="choose another -o, or remove it first"
+        )
+    need = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+    if dtype == torch.float32:  # scales double
+        need += sum(record.nbytes for record in artifact.packed()) // 2
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    have = shutil.disk_usage(place).free
+    if have < need:
+        raise ArtifactError(
+            f"the export needs {need:,} bytes of disk, {have:,} are free",
+            where=str(place),
+            hint="free space or choose another -o",
+        )
+
+
+@contextmanager
+def _partial_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` at the end, or vanishes with any error."""
+    work = out.parent / f".{out.name}.export-partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if work.exists():
+            shutil.rmtree(work)  # of a killed run
+        work.mkdir()
+        yield work
+        if out.exists():
+            out.rmdir()  # empty, checked before
+        os.rename(work, out)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise ArtifactError(
+            f"cannot write: {error.strerror or error}",
+            where=str(out),
+            hint="free space or choose another -o; nothing was left behind",
+        ) from error
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot read {file.name}: {error}",
+            where=str(file.parent),
+            hint="copy the artifact again, or compress again",
+        ) from error
+    assert isinstance(content, dict)
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,161 @@
+"""The `quantization_config` of a pack-quantized export: which module is read by which scheme.
+
+    one format      config_groups: {group_0: {targets: ["Linear"], ...}}, the rest under `ignore`
+    several         one group per format, its modules named by anchored regular expressions, as
+                    re:(.*\\.)?layers\\.(0|3)\\.self_attn\\.q_proj$
+
+A pattern folds the numbers of layers and experts. It starts at the list of layers, because some engines put the model under another prefix. That its
+own group alone matches a packed matrix, and none a dense one, is checked by enumeration.
+
+Engines look up a layer's experts by the name of expert 0, so patterns say any expert number: the
+layer's experts share one scheme, as `targets.check_layout` made sure.
+
+Left out: activations and the KV cache, which stay 16-bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bitnest.artifact import SiteRecord
+from bitnest.errors import TargetError
+from bitnest.export.targets import int_format, packed_sites
+from bitnest.formats import IntFormat
+
+LAYOUT_VERSION = "0.19.0"  # of compressed-tensors, whose files these are byte for byte
+HEAD = "lm_head"  # exists in the model even if tied and so not in the checkpoint
+
+
+def quantization_config(records: Sequence[SiteRecord], dense: Iterable[str]) -> dict[str, Any]:
+    """The config of these sites.
+
+    records: every site of the decoder blocks. dense: names of further linear modules, which stay
+    dense (heads, other towers).
+
+    Raises:
+        TargetError: module names that patterns cannot tell apart.
+    """
+    packed = packed_sites(records)
+    names = {record.site.name for record in packed}
+    rest = [record for record in records if record.site.name not in names]
+    outside = sorted({HEAD, *dense} - {record.site.name for record in records})
+    formats = sorted({record.format for record in packed})
+    groups: dict[str, Any] = {}
+    for number, name in enumerate(formats):
+        own = [record for record in packed if record.format == name]
+        targets = ["Linear"] if len(formats) == 1 else _patterns(own, records)
+        groups[f"group_{number}"] = _group(int_format(own[0]), targets)
+    ignore = [*_ignored(rest, records), *outside]
+    config = {
+        "quant_method": "compressed-tensors",
+        "version": LAYOUT_VERSION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+    _check_exact(config, records, outside)
+    return config
+
+
+def scheme_of(config: dict[str, Any], name: str) -> str | None:
+    """The group of `quantization_config` that reads linear `name`, None if it is dense.
+
+    Raises:
+        TargetError: several groups claim it.
+    """
+    if any(_matches(name, pattern) for pattern in config["ignore"]):
+        return None
+    found = [
+        group
+        for group, scheme in config["config_groups"].items()
+        if any(target == "Linear" or _matches(name, target) for target in scheme["targets"])
+    ]
+    if len(found) > 1:
+        raise TargetError(f"module names cannot be told apart: {found} all match", where=name)
+    return found[0] if found else None
+
+
+def _group(fmt: IntFormat, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": {
+            "num_bits": fmt.bits,
+            "type": "int",
+            "symmetric": fmt.symmetric,
+            "strategy": "channel" if fmt.group is None else "group",
+            "group_size": fmt.group,
+            "dynamic": False,
+            "actorder": None,
+        },
+    }
+
+
+def _ignored(rest: Sequence[SiteRecord], records: Sequence[SiteRecord]) -> list[str]:
+    """Dense sites by name, dense experts folded; routers also by the name the model gives them."""
+    experts = [record for record in rest if record.site.kind == "expert"]
+    single = [record.site for record in rest if record.site.kind != "expert"]
+    names = dict.fromkeys(name for site in single for name in (site.name, site.module))
+    return [*names, *_patterns(experts, records)]
+
+
+def _patterns(own: Sequence[SiteRecord], records: Sequence[SiteRecord]) -> list[str]:
+    """Regular expressions that match the names of `own` and of no other of `records`."""
+    everywhere: dict[tuple[str, str], set[int]] = {}
+    for record in records:
+        everywhere.setdefault(_template(record), set()).add(record.site.layer)
+    here: dict[tuple[str, str], set[int]] = {}
+    for record in own:
+        here.setdefault(_template(record), set()).add(record.site.layer)
+    patterns = []
+    for (head, tail), layers in here.items():
+        if layers == everywhere[head, tail]:
+            number = r"\d+"
+        else:
+            number = "(" + "|".join(str(layer) for layer in sorted(layers)) + ")"
+        patterns.append(rf"re:(.*\.)?{head}\.{number}\.{tail}$" if head else f"re:{tail}$")
+    return patterns
+
+
+def _template(record: SiteRecord) -> tuple[str, str]:
+    """The name as patterns around the layer's number: the list's own name, the rest of the path."""
+    before, number, after = record.site.name.partition(f".{record.site.layer}.")
+    if not number:
+        return "", re.escape(record.site.name)
+    tail = re.escape(after)
+    if record.site.expert is not None:
+        tail = re.sub(rf"(^|\.){record.site.expert}\\\.", r"\1\\d+\\.", tail, count=1)
+    return re.escape(before.rpartition(".")[2]), tail
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return name == pattern
+
+
+def _check_exact(
+    config: dict[str, Any], records: Sequence[SiteRecord], outside: Sequence[str]
+) -> None:
+    expected: dict[str, str | None] = dict.fromkeys(outside)
+    formats = sorted({record.format for record in packed_sites(records)})
+    for record in records:
+        packed = record.format in formats
+        group = f"group_{formats.index(record.format)}" if packed else None
+        expected[record.site.name] = group
+    for name, group in expected.items():
+        found = scheme_of(config, name)
+        if found != group:
+            raise TargetError(
+                f"module names cannot be told apart: {found} matches what {group} should",
+                where=name,
+                hint="give all weights one format",
+            )
