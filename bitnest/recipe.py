@@ -88,7 +88,9 @@ class Recipe:
     def __post_init__(self) -> None:
         parse_format(self.format)
         if self.method not in METHODS:
-            raise RecipeError(f"unknown method '{self.method}'", hint="one of " + ", ".join(METHODS))
+            raise RecipeError(
+                f"unknown method '{self.method}'", hint="one of " + ", ".join(METHODS)
+            )
         if not 0 < self.damp < 1:
             raise RecipeError(f"damp is a share between 0 and 1, not {self.damp}")
 

@@ -195,9 +195,7 @@ def _per_expert_names(skeleton: Skeleton, path: str, experts: int) -> list[list[
     source: Source = skeleton.sources[path]
     if source.converter is None:
         return None
-    steps = [
-        (type(op).__name__, getattr(op, "dim", None)) for op in source.converter.operations
-    ]
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in source.converter.operations]
     if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
     parts: dict[str, list[str]] = {p: [] for p in source.converter.source_patterns}

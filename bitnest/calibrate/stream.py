@@ -76,9 +76,7 @@ class Stream:
             yield slice(start, min(start + self.batch, len(self.hidden)))
 
     @torch.no_grad()
-    def run(
-        self, layer: int, *, keep: bool, after_batch: Callable[[], None] | None = None
-    ) -> None:
+    def run(self, layer: int, *, keep: bool, after_batch: Callable[[], None] | None = None) -> None:
         """Send every sample through block `layer`, which must hold its weights.
 
         keep: store the outputs as the next block's inputs. after_batch: called between batches.
@@ -97,13 +95,11 @@ class Stream:
         skeleton = self.skeleton
         head = skeleton.model.get_output_embeddings()
         head_name = next((n for n, m in skeleton.model.named_modules() if m is head), None)
-        outside = [
-            name
-            for name, _ in skeleton.model.named_children()
-            if name != head_name
-        ]
+        outside = [name for name, _ in skeleton.model.named_children() if name != head_name]
         for name in outside:
-            skeleton.fill(name, dtype=skeleton.checkpoint.dtype, device=self.device, skip=skeleton.prefix)
+            skeleton.fill(
+                name, dtype=skeleton.checkpoint.dtype, device=self.device, skip=skeleton.prefix
+            )
         hook = skeleton.model.get_input_embeddings().register_forward_hook(
             lambda _m, _a, out: out.to(self.dtype)
         )

@@ -1,1 +1,55 @@
+"""The command line: one file per verb, each only parsing, calling `bitnest.api` and rendering.
 
+Results go to stdout, progress and remarks to stderr. Errors a user can mend are printed as what,
+where and hint, and end with status 2; an interrupt ends with 130. Heavy imports happen inside the
+verbs, so `bitnest --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from bitnest import __version__
+from bitnest.cli import compress, eval, export, inspect, serve
+from bitnest.cli.render import print_error
+from bitnest.errors import BitnestError
+
+app = typer.Typer(
+    name="bitnest",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress large language models, Mixture-of-Experts first, prove what was lost, serve them.",
+)
+app.command("compress")(compress.command)
+app.command("eval")(eval.command)
+app.command("export")(export.command)
+app.command("serve")(serve.command)
+app.command("inspect")(inspect.command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"bitnest {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except BitnestError as error:
+        print_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command resumes an unfinished compression\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

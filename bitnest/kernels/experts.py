@@ -57,9 +57,7 @@ def expert_output(module: Any, weights: Weights, expert: int, x: torch.Tensor) -
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
-def down_input(
-    module: Any, up_weight: torch.Tensor, expert: int, x: torch.Tensor
-) -> torch.Tensor:
+def down_input(module: Any, up_weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What one expert's down projection reads, (n, intermediate), for tokens x (n, hidden)."""
     h = F.linear(x, up_weight, _bias(module, up_name(module), expert, x))
     return module._apply_gate(h) if getattr(module, "has_gate", True) else module.act_fn(h)

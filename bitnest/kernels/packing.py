@@ -41,9 +41,7 @@ def unpack_bits(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     periods = -(-columns // PERIOD)
     words = torch.nn.functional.pad(words, (0, periods * bits - words.shape[-1]))
     words = words.unflatten(-1, (periods, bits))
-    codes = torch.empty(
-        (*words.shape[:-1], PERIOD), dtype=torch.uint8, device=words.device
-    )
+    codes = torch.empty((*words.shape[:-1], PERIOD), dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
     for i in range(PERIOD):
         word, shift = divmod(i * bits, 32)

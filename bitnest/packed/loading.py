@@ -53,7 +53,9 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     path = resolve_model(model)
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise CheckpointError(
             "the model has no tokenizer",
             where=str(path),

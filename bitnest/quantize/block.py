@@ -256,9 +256,7 @@ class _ExpertInputs:
             count = min(len(self.states), max(minimum, 256))
             rows = torch.linspace(0, len(self.states) - 1, count).long()
             self._sample = self.states[rows].to(self.device)
-            self._sample_mean = weighted_mean(
-                self._sample, torch.ones(count, device=self.device)
-            )
+            self._sample_mean = weighted_mean(self._sample, torch.ones(count, device=self.device))
         if not down:
             assert self._sample_mean is not None
             return self._sample_mean

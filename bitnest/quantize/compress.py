@@ -281,9 +281,7 @@ def dense_names(job: Job) -> list[str]:
 
 def packed_bytes(job: Job) -> int:
     """Bytes of all packed tensors, exactly."""
-    modules = {
-        site.module for site in job.sites if isinstance(job.formats[site.name], IntFormat)
-    }
+    modules = {site.module for site in job.sites if isinstance(job.formats[site.name], IntFormat)}
     return sum(
         job.formats[site.name].nbytes(site.shape) for site in job.sites if site.module in modules
     )
@@ -342,9 +340,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
             "name": job.checkpoint.path.resolve().name,
             "sha256": fingerprint["source"],
             "bytes": job.checkpoint.nbytes,
-            "parameters": sum(
-                _numel(info.shape) for info in job.checkpoint.tensors.values()
-            ),
+            "parameters": sum(_numel(info.shape) for info in job.checkpoint.tensors.values()),
         },
         "architecture": type(job.skeleton.model).__name__,
         "recipe": job.recipe.to_json(),

@@ -186,9 +186,7 @@ def _sweep(
     return codes, grids
 
 
-def _decode(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g: int
-) -> torch.Tensor:
+def _decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g: int) -> torch.Tensor:
     """(codes - zero) * scale on (B, O, I) codes, groups along the last axis."""
     width = codes.shape[2]
     scale = scales.repeat_interleave(g, dim=2)[..., :width]

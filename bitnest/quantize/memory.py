@@ -37,9 +37,7 @@ class Budget:
         """
         if memory is None:
             return cls(None, None)
-        block = max(
-            sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks
-        )
+        block = max(sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks)
         largest = max(p.numel() for b in skeleton.blocks for p in b.parameters())
         matrix = max(_matrix_bytes([site]) for site in sites)
         fixed = resident_bytes() + block + 2 * largest * skeleton.checkpoint.dtype.itemsize

@@ -1,0 +1,273 @@
+"""The verbs, as functions: what the command line calls and nothing it does not.
+
+result = bitnest.compress("demo", "demo-int4", bits=4)
+model = bitnest.load("demo-int4")
+report = bitnest.evaluate(["demo-int4"], against="demo", data=["text.txt"])
+bitnest.export("demo-int4", "demo-vllm", engine="vllm-cuda")
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnest.artifact import Artifact, SiteRecord, is_artifact
+from bitnest.checkpoint import Checkpoint, resolve_model
+from bitnest.errors import RecipeError
+from bitnest.packed.loading import load_model as load
+from bitnest.packed.loading import load_tokenizer
+from bitnest.recipe import Recipe, Rule, default_format
+
+if TYPE_CHECKING:
+    from bitnest.calibrate.data import CalibrationSet
+    from bitnest.eval.evaluate import EvalReport
+    from bitnest.quantize.compress import Progress
+
+__all__ = [
+    "CompressResult", "Group", "compress", "evaluate", "export", "inspect", "load",
+    "load_tokenizer",
+]  # fmt: skip
+
+DEFAULT_SAMPLES = 64
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of one kind and format, summed. error: parameter-weighted mean relative error."""
+
+    kind: str
+    format: str
+    sites: int
+    parameters: int
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """A finished run.
+
+    path: the artifact. groups: its sites by kind and format. dense_bytes: of what is not a site
+    or stayed dense. nbytes: of all weights. source_bytes: of the checkpoint. bits: average code
+    width over the quantised weights. bits_per_weight: the same with scales and zero points.
+    starved: experts whose Hessian leaned on the layer's inputs. seconds: wall time.
+    """
+
+    path: Path
+    groups: tuple[Group, ...]
+    dense_bytes: int
+    nbytes: int
+    source_bytes: int
+    bits: float
+    bits_per_weight: float
+    starved: int
+    experts: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **{k: v for k, v in vars(self).items() if k not in {"path", "groups"}},
+            "path": str(self.path),
+            "groups": [vars(group) for group in self.groups],
+        }
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: float | None = None,
+    format: str | None = None,
+    group: int | None = None,
+    method: str = "gptq",
+    rules: Sequence[str] = (),
+    data: Sequence[str] = (),
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    weighting: str = "gate",
+    damp: float = 0.01,
+    min_tokens: int | None = None,
+    clip: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str | None = None,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
+
+    bits, group or format: the default format (4 bits in groups of 128). rules: PATTERN=FORMAT,
+    later ones win. data: calibration texts, `label=source`; none means the embedded text. samples,
+    length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see
+    `Recipe`. memory: bytes the process may use. fresh: forget an unfinished run instead of
+    resuming it.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    from bitnest.quantize.compress import prepare, run, with_calibration
+
+    recipe = Recipe(
+        format=default_format(_whole(bits), format, group),
+        rules=tuple(Rule.parse(rule) for rule in rules),
+        method=method,
+        damp=damp,
+        weighting=weighting,
+        min_tokens=min_tokens,
+        clip=clip,
+        seed=seed,
+    )
+    checkpoint = Checkpoint.open(model)
+    job = prepare(
+        checkpoint, recipe, trust_remote_code=trust_remote_code, device=device, memory=memory
+    )
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    if method != "rtn":
+        _check_length(job.skeleton.model.config, length)
+        job = with_calibration(job, _calibration(tokenizer, data, samples, length, seed))
+    artifact, seconds = run(job, Path(out), fresh=fresh, progress=progress)
+    return summarise(artifact, seconds)
+
+
+def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
+    """Sites and bytes of an artifact, counted by kind and format; nothing is left out."""
+    sums: dict[tuple[str, str], list[SiteRecord]] = {}
+    for record in artifact.records:
+        sums.setdefault((record.site.kind, record.format), []).append(record)
+    groups = tuple(_group(*key, records) for key, records in sorted(sums.items()))
+    files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}
+    packed = [r for r in artifact.packed() if r.format != "dense"]
+    weights = sum(r.site.numel for r in packed) or 1
+    widths = sum(r.site.numel * int(r.format[3]) for r in packed)
+    minimum = artifact.manifest["recipe"]["min_tokens"]
+    experts = {(r.site.layer, r.site.expert): r for r in packed if r.site.expert is not None}
+    starved = [
+        r for r in experts.values()
+        if r.tokens is not None and r.tokens < (minimum or r.site.shape[1])
+    ]  # fmt: skip
+    nbytes = sum(entry["bytes"] for entry in files.values())
+    return CompressResult(
+        path=artifact.path,
+        groups=groups,
+        dense_bytes=nbytes - sum(r.nbytes for r in artifact.packed()),
+        nbytes=nbytes,
+        source_bytes=artifact.manifest["source"]["bytes"],
+        bits=widths / weights,
+        bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
+        starved=len(starved),
+        experts=len(experts),
+        seconds=seconds,
+    )
+
+
+def _group(kind: str, fmt: str, records: list[SiteRecord]) -> Group:
+    parameters = sum(r.site.numel for r in records)
+    error = sum(r.error * r.site.numel for r in records) / parameters
+    return Group(kind, fmt, len(records), parameters, sum(r.nbytes for r in records), error)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    data: Sequence[str] = (),
+    **options: Any,
+) -> EvalReport:
+    """Perplexity, KL against a base, and size of models side by side; see `bitnest.eval`.
+
+    data: evaluation texts, `label=source`; none means the embedded text.
+
+    Raises:
+        BitnestError: a model, a text or a pair of them that cannot be compared.
+    """
+    from bitnest import demo
+    from bitnest.eval.evaluate import evaluate as run
+
+    texts = list(data) or [f"demo={demo.evaluation_text()}"]
+    return run(models, against=against, data=texts, **options)
+
+
+def export(
+    artifact: str | Path, out: str | Path, *, engine: str | None = None, verify: bool = True
+) -> Any:
+    """Write `artifact` as a compressed-tensors directory; see `bitnest.export`.
+
+    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run.
+
+    Raises:
+        BitnestError: not an artifact, or the engine cannot run it.
+    """
+    from bitnest.export.compressed_tensors import export_compressed_tensors
+
+    return export_compressed_tensors(Path(artifact), Path(out), engine=engine, verify=verify)
+
+
+def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What is in `model`: every site with shape, kind and format, and the rest by name.
+
+    Works on checkpoints and artifacts without loading weights.
+
+    Raises:
+        BitnestError: the directory cannot be read or the family cannot be handled.
+    """
+    path = resolve_model(model)
+    if is_artifact(path):
+        artifact = Artifact.open(path)
+        sites = [record.to_json() for record in artifact.records]
+        kept = {
+            k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
+        }
+        return {"path": str(path), "kind": "artifact", **kept, "sites": sites}
+    from bitnest.sites import find_sites
+    from bitnest.skeleton import Skeleton
+
+    checkpoint = Checkpoint.open(path)
+    skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
+    found = find_sites(skeleton)
+    covered = {name for site in found for name in skeleton.sources[site.path].names}
+    return {
+        "path": str(path),
+        "kind": "checkpoint",
+        "architecture": type(skeleton.model).__name__,
+        "blocks": len(skeleton.blocks),
+        "bytes": checkpoint.nbytes,
+        "kinds": dict(Counter(site.kind for site in found)),
+        "sites": [vars(site) for site in found],
+        "other_tensors": sorted(set(checkpoint.tensors) - covered),
+        "unused_tensors": skeleton.leftover,
+    }
+
+
+def _whole(bits: float | None) -> int | None:
+    if bits is not None and bits != int(bits):
+        raise RecipeError(
+            f"--bits {bits:g}: one width for all sites must be a whole number",
+            hint="mix widths by --rule, for example --bits 3 --rule 'kind:attention=int4-g128'",
+        )
+    return None if bits is None else int(bits)
+
+
+def _check_length(config: Any, length: int) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise RecipeError(
+            f"--length {length} is more than the model's context of {limit} tokens",
+            hint=f"--length {limit} or less",
+        )
+
+
+def _calibration(
+    tokenizer: Any, data: Sequence[str], samples: int, length: int, seed: int
+) -> CalibrationSet:
+    from bitnest import demo
+    from bitnest.calibrate.data import calibration_windows, parse_source
+
+    texts = list(data) or [f"demo={demo.calibration_text()}"]
+    sources = [parse_source(text) for text in texts]
+    return calibration_windows(tokenizer, sources, samples=samples, length=length, seed=seed)

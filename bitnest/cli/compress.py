@@ -1,0 +1,95 @@
+"""bitnest compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
+
+
+def command(
+    model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
+    out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
+    bits: float = typer.Option(None, "--bits", help="Code width of every site, 2 to 8. [4]"),
+    format: str = typer.Option(None, "--format", help="int4-g128, int3-g64-asym, int8-channel ..."),
+    group: int = typer.Option(None, "--group", help="Input channels per scale, 16 to 128. [128]"),
+    method: str = typer.Option("gptq", "--method", help="gptq or rtn."),
+    rule: list[str] = typer.Option(
+        [], "--rule", help="PATTERN=FORMAT: a glob, re:REGEX or kind:KIND. Later rules win."
+    ),
+    keep: list[str] = typer.Option([], "--keep", help="PATTERN: leave matching sites dense."),
+    data: list[str] = typer.Option(
+        [], "--data", help="Calibration text: [label=]file, directory or hub:name. [embedded]"
+    ),
+    samples: int = typer.Option(64, "--samples", min=1, help="Calibration windows."),
+    length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),
+    weighting: str = typer.Option(
+        "gate",
+        "--expert-weighting",
+        help="Token weights in an expert's Hessian: none, gate, gate2.",
+    ),
+    min_tokens: int = typer.Option(
+        None, "--min-tokens", help="Tokens an expert needs before its own Hessian is trusted alone."
+    ),
+    damp: float = typer.Option(0.01, "--damp", help="Share of mean diag(H) added to it."),
+    clip: bool = typer.Option(True, "--clip/--no-clip", help="Search the clipping of every scale."),
+    seed: int = typer.Option(0, "--seed", help="Choice of calibration windows."),
+    memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
+    device: str = Device,
+    fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
+    trust_remote_code: bool = Remote,
+    json: bool = Json,
+    quiet: bool = Quiet,
+) -> None:
+    """Compress a checkpoint into an artifact that transformers, eval and serve open.
+
+    A killed run resumes when the same command is given again.
+    """
+    from bitnest.cli.render import Bars, next_commands, print_json, say, summary
+    from bitnest.cli.setup import prepare_process
+
+    prepare_process()
+    from bitnest import api
+
+    target = out or Path(default_name(model, bits, format, group))
+    if not data and method != "rtn" and not quiet:
+        say("calibrating on the embedded text; your own, by --data, fits your use better")
+    with Bars(quiet) as bars:
+        result = api.compress(
+            model,
+            target,
+            bits=bits,
+            format=format,
+            group=group,
+            method=method,
+            rules=[*rule, *(f"{pattern}=dense" for pattern in keep)],
+            data=data,
+            samples=samples,
+            length=length,
+            weighting=weighting,
+            damp=damp,
+            min_tokens=min_tokens,
+            clip=clip,
+            seed=seed,
+            memory=parse_size(memory),
+            device=device,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            progress=bars,
+        )
+    if json:
+        print_json(result.to_json())
+        return
+    summary(result)
+    if not quiet:
+        next_commands(result, model)
+
+
+def default_name(model: str, bits: float | None, fmt: str | None, group: int | None) -> str:
+    """Artifact directory for `model` when none is named: <model>-<format> in this directory."""
+    from bitnest.recipe import default_format
+
+    whole = int(bits) if bits is not None and bits == int(bits) else None
+    return f"{Path(model).name}-{default_format(whole, fmt, group)}"

@@ -1,0 +1,53 @@
+"""bitnest eval."""
+
+from __future__ import annotations
+
+import typer
+
+from bitnest.cli.options import Device, Json, Quiet, Remote
+
+
+def command(
+    models: list[str] = typer.Argument(help="Artifacts or checkpoints to measure."),
+    against: str = typer.Option(None, "--against", help="The base they are compared with."),
+    data: list[str] = typer.Option(
+        [], "--data", help="Text: [label=]file, directory or hub:name. [embedded]"
+    ),
+    window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
+    windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Windows per forward pass."),
+    dtype: str = typer.Option("float32", "--dtype", help="Compute type."),
+    device: str = Device,
+    trust_remote_code: bool = Remote,
+    json: bool = Json,
+    quiet: bool = Quiet,
+) -> None:
+    """Measure perplexity, KL divergence against a base, agreement and size, side by side."""
+    from bitnest.cli.render import Bars, print_json
+    from bitnest.cli.setup import prepare_process, quiet_transformers
+
+    prepare_process()
+    from bitnest import api
+
+    quiet_transformers()
+    with Bars(quiet) as bars:
+        report = api.evaluate(
+            models,
+            against=against,
+            data=data,
+            window=window,
+            windows=windows,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=bars,
+        )
+    if json:
+        print_json(report.to_json())
+        return
+    from rich.console import Console
+
+    from bitnest.eval.render import table
+
+    Console(soft_wrap=True).print(table(report))

@@ -1,0 +1,51 @@
+"""bitnest inspect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import typer
+
+from bitnest.cli.options import Json, Remote
+
+
+def command(
+    model: str = typer.Argument(help="Checkpoint or artifact: directory, hub id, or 'demo'."),
+    sites: bool = typer.Option(False, "--sites", help="List every site."),
+    json: bool = Json,
+    trust_remote_code: bool = Remote,
+) -> None:
+    """Show a model's sites, kinds and formats without loading its weights."""
+    from bitnest.cli.render import print_json
+    from bitnest.cli.setup import prepare_process
+
+    prepare_process()
+    from bitnest import api
+
+    found = api.inspect(model, trust_remote_code=trust_remote_code)
+    if json:
+        print_json(found)
+        return
+    _print(found, sites)
+
+
+def _print(found: dict[str, Any], every: bool) -> None:
+    typer.echo(f"{found['kind']}: {found['path']}")
+    typer.echo(f"architecture: {found['architecture']}")
+    counts: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    for site in found["sites"]:
+        counts[(site["kind"], site.get("format", ""), tuple(site["shape"]))] += 1
+    for (kind, fmt, shape), count in sorted(counts.items()):
+        typer.echo(f"  {count:6,} x {kind:14} {shape[0]}x{shape[1]}  {fmt}")
+    if "other_tensors" in found:
+        typer.echo(f"  {len(found['other_tensors']):6,} other tensors (stay dense)")
+        if found["unused_tensors"]:
+            typer.echo(
+                f"  {len(found['unused_tensors']):6,} tensors the model does not use (copied)"
+            )
+    if every:
+        for site in found["sites"]:
+            typer.echo(
+                f"{site['name']}  {site['shape'][0]}x{site['shape'][1]}  {site.get('format', '')}"
+            )

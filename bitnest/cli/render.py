@@ -1,0 +1,148 @@
+"""Tables, progress bars and errors: everything a person sees, in one place.
+
+Meaning never hangs on colour. Progress and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import TracebackType
+from typing import Any
+
+from bitnest.api import CompressResult
+from bitnest.errors import BitnestError
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def print_error(error: BitnestError) -> None:
+    """What, where and hint on stderr."""
+    sys.stderr.write(f"error: {error}\n")
+
+
+def say(text: str) -> None:
+    """A remark to the person, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in binary units, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+class Bars:
+    """Progress bars with time left; on a pipe, one line per finished stage."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._name = ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close(finished=kind is None)
+
+    def phase(self, name: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+        self._close(finished=True)
+        self._name = name
+        if self.quiet or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        counted = [MofNCompleteColumn()] if total < 100_000 else [TaskProgressColumn()]
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *counted,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(name, total=total, note="")
+
+    def step(self, amount: int = 1, note: str = "") -> None:
+        """`amount` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+
+    def _close(self, finished: bool) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._name and finished and not self.quiet:
+            say(f"{self._name}: done")
+        self._name = ""
+
+
+def summary(result: CompressResult) -> None:
+    """The table that ends a compression: every site and byte, and what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "format"):
+        table.add_column(column)
+    for column in ("sites", "weights", "bytes", "error"):
+        table.add_column(column, justify="right")
+    for group in result.groups:
+        table.add_row(
+            group.kind,
+            group.format,
+            f"{group.sites:,}",
+            f"{group.parameters:,}",
+            f"{group.nbytes:,}" if group.format != "dense" else "in the next row",
+            f"{group.error:.2e}" if group.format != "dense" else "-",
+        )
+    table.add_row("everything else", "dense", "-", "-", f"{result.dense_bytes:,}", "-")
+    table.add_row("total", "", "", "", f"{result.nbytes:,}", "")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    ratio = result.source_bytes / result.nbytes
+    console.print(
+        f"\n{size(result.source_bytes)} -> {size(result.nbytes)} ({ratio:.2f}x smaller), "
+        f"{result.bits:g} bits, {result.bits_per_weight:.3f} bits per quantised weight with scales",
+        highlight=False,
+    )
+    if result.starved:
+        console.print(
+            f"{result.starved} of {result.experts} experts saw too few calibration tokens and were "
+            "fitted partly to their layer's inputs",
+            highlight=False,
+        )
+    console.print("error: share of a site's output energy lost on the calibration text")
+    console.print(f"artifact: {result.path} ({result.seconds:.1f} s)", highlight=False)
+
+
+def next_commands(result: CompressResult, model: str) -> None:
+    """What a person would type now."""
+    say(f"next: bitnest eval {result.path} --against {model}")
+    say(f"      bitnest serve {result.path}")

@@ -1,0 +1,128 @@
+"""bitnest serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bitnest.cli.options import Quiet, Remote
+
+if TYPE_CHECKING:
+    from bitnest.quantize.compress import Progress
+
+
+def command(
+    model: str = typer.Argument(help="Artifact or checkpoint: directory, hub id, or 'demo'."),
+    bits: float = typer.Option(
+        None, "--bits", help="Compress a checkpoint to this width first. [4]"
+    ),
+    format: str = typer.Option(None, "--format", help="Compress to this format first."),
+    method: str = typer.Option("gptq", "--method", help="gptq or rtn, when compressing."),
+    dense: bool = typer.Option(False, "--dense", help="Serve a checkpoint as it is."),
+    engine: str = typer.Option("bitnest", "--engine", help="bitnest or vllm."),
+    vllm_bin: str = typer.Option(None, "--vllm-bin", help="The vllm command, if not on the PATH."),
+    vllm_for: str = typer.Option(
+        "vllm-cuda", "--vllm-for", help="Which vLLM the export must suit: vllm-cuda or vllm-cpu."
+    ),
+    host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on."),
+    port: int = typer.Option(8000, "--port", help="Port; 0 takes a free one."),
+    api_key: str = typer.Option(None, "--api-key", help="Ask clients for this key."),
+    name: str = typer.Option(None, "--model-name", help="Name clients use (default: MODEL)."),
+    backend: str = typer.Option(
+        "continuous", "--backend", help="continuous batching, or generate: one request at a time."
+    ),
+    cache_tokens: int = typer.Option(32768, "--cache-tokens", help="KV cache, in tokens."),
+    max_pending: int = typer.Option(256, "--max-pending", help="Requests waiting before 503."),
+    cache_dir: Path = typer.Option(
+        None, "--cache-dir", help="Where compressed models are kept. [~/.cache/bitnest]"
+    ),
+    trust_remote_code: bool = Remote,
+    quiet: bool = Quiet,
+) -> None:
+    """Serve a model behind an OpenAI-compatible API, compressing it first if it must be."""
+    from bitnest.cli.setup import prepare_process, quiet_transformers
+    from bitnest.errors import RecipeError, require
+
+    prepare_process()
+    if engine not in {"bitnest", "vllm"}:
+        raise RecipeError(f"unknown engine '{engine}'", hint="bitnest or vllm")
+    if backend not in {"continuous", "generate"}:
+        raise RecipeError(f"unknown backend '{backend}'", hint="continuous or generate")
+    if engine == "bitnest":
+        require("fastapi", "serve")
+        require("uvicorn", "serve")
+    from bitnest.cli.render import Bars, say
+
+    with Bars(quiet) as bars:
+        options = {"bits": bits, "format": format, "method": method}
+        path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
+        if engine == "vllm":
+            path = _exported(path, vllm_for, cache_dir)
+    if engine == "vllm":
+        from bitnest.serve.engine_vllm import serve_with_vllm
+
+        extra = ["--served-model-name", name or model]
+        raise typer.Exit(serve_with_vllm(path, host, port, api_key, extra, vllm_bin=vllm_bin))
+    from bitnest.packed.loading import load_model, load_tokenizer
+    from bitnest.serve.run import run_server
+
+    quiet_transformers()
+    run_server(
+        load_model(path, trust_remote_code=trust_remote_code),
+        load_tokenizer(path, trust_remote_code=trust_remote_code),
+        model_name=name or model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        backend="generate" if backend == "generate" else "continuous",
+        cache_tokens=cache_tokens,
+        max_pending=max_pending,
+    )
+
+
+def _artifact(
+    model: str,
+    options: dict[str, Any],
+    dense: bool,
+    cache_dir: Path | None,
+    trust_remote_code: bool,
+    bars: Progress,
+    say: Any,
+) -> Path:
+    """The directory to serve: `model` itself, or its compressed form from the cache."""
+    from bitnest import api
+    from bitnest.artifact import is_artifact
+    from bitnest.checkpoint import resolve_model
+    from bitnest.errors import RecipeError
+    from bitnest.serve.cache import cached_artifact
+
+    source = resolve_model(model)
+    asked = options["bits"] is not None or options["format"] is not None
+    if is_artifact(source) or dense:
+        if asked:
+            raise RecipeError(
+                "--bits and --format compress a checkpoint; this is served as it is",
+                where=str(source),
+                hint="leave them out, or name the original checkpoint",
+            )
+        return source
+
+    def build(target: Path) -> None:
+        say(f"compressing {model} into {target}")
+        api.compress(source, target, **options, trust_remote_code=trust_remote_code, progress=bars)
+
+    return cached_artifact(source, options, build, root=cache_dir)
+
+
+def _exported(path: Path, target: str, cache_dir: Path | None) -> Path:
+    from bitnest import api
+    from bitnest.artifact import is_artifact
+    from bitnest.serve.cache import cached_export
+
+    if not is_artifact(path):
+        return path
+    return cached_export(
+        path, {"for": target}, lambda out: api.export(path, out, engine=target), root=cache_dir
+    )
