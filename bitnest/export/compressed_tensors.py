@@ -24,7 +24,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,16 @@ class ExportResult:
     verified: int
     verifier: str
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        formats = ", ".join(f"{name} x{count}" for name, count in sorted(self.formats.items()))
+        proof = f"{self.verified} verified by {self.verifier}" if self.verified else "not verified"
+        lines = [f"{self.path}: {self.nbytes:,} bytes, {self.weights} packed weights, {proof}"]
+        return "\n".join([*lines, f"formats: {formats}", *(f"note: {n}" for n in self.notes)])
 
 
 def export_compressed_tensors(

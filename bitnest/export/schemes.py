@@ -4,8 +4,9 @@
     several         one group per format, its modules named by anchored regular expressions, as
                     re:(.*\\.)?layers\\.(0|3)\\.self_attn\\.q_proj$
 
-A pattern folds the numbers of layers and experts. It starts at the list of layers, because some engines put the model under another prefix. That its
-own group alone matches a packed matrix, and none a dense one, is checked by enumeration.
+A pattern folds the numbers of layers and experts. It starts at the list of layers, because some
+engines put the model under another prefix. That its own group alone matches a packed matrix, and
+none a dense one, is checked by enumeration.
 
 Engines look up a layer's experts by the name of expert 0, so patterns say any expert number: the
 layer's experts share one scheme, as `targets.check_layout` made sure.
