@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from bitnest.errors import BitnestError, MissingExtra, TargetError
 from bitnest.serve import engine_vllm
 from bitnest.serve.backend import BackendStopped, Deliver, Job, Update
-from bitnest.serve.cache import cached_artifact
+from bitnest.serve.cache import cached_artifact, cached_export
 from bitnest.serve.run import listen, unapplied_defaults
 from bitnest.serve.sampling import Sampling, pick_tokens, uniform
 from bitnest.serve.server import create_app
@@ -671,6 +671,22 @@ def test_half_built_cache_entry_is_never_used(tmp_path: Path) -> None:
     with pytest.raises(BitnestError, match=r"bitnest\.json"):
         cached_artifact(source, {}, lies, root=tmp_path / "c")
     assert (cached_artifact(source, {}, works, root=tmp_path / "c") / "bitnest.json").exists()
+
+
+def test_interrupted_export_is_built_again(tmp_path: Path) -> None:
+    source = source_directory(tmp_path / "source")
+
+    def export(target: Path, fail: bool) -> None:
+        target.mkdir(parents=True)  # refuses what an earlier run left
+        (target / "config.json").write_text("{}")
+        if fail:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_export(source, {}, lambda out: export(out, True), root=tmp_path / "c")
+    done = cached_export(source, {}, lambda out: export(out, False), root=tmp_path / "c")
+    assert [path.name for path in done.iterdir()] == ["config.json"]
+    assert cached_export(source, {}, lambda out: export(out, True), root=tmp_path / "c") == done
 
 
 def test_vllm_missing_or_given_an_artifact_is_told(tmp_path: Path) -> None:

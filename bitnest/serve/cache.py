@@ -2,6 +2,7 @@
 
     <root>/artifacts/<source name>-<key>/   the artifact, whole when it holds bitnest.json
     <root>/artifacts/<source name>-<key>.lock
+    <root>/exports/...                      the same for exports of artifacts to other engines
 
 The key is a SHA-256 over bitnest's version, the options, the content of config.json, and the name,
 size and modification time of every file of the source: cheap, and wrong only for weights that were
@@ -23,6 +24,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,19 +80,53 @@ def cached_artifact(
         CheckpointError: `source` is not a model directory.
         ArtifactError: `build` returned without writing an artifact.
     """
+    target = _place("artifacts", source, key, root)
+
+    def whole() -> bool:
+        return (target / _WHOLE).is_file()
+
+    return _once(target, whole, lambda: build(target))
+
+
+def cached_export(
+    source: Path,
+    key: Mapping[str, Any],
+    build: Callable[[Path], None],
+    *,
+    root: Path | None = None,
+) -> Path:
+    """The export made from the artifact `source`, built now if it is not there.
+
+    An export has no last file to look for, so it is built beside its place and renamed. `build` is
+    given a path that does not exist.
+    """
+    target = _place("exports", source, key, root)
+    partial = target.with_name(target.name + ".partial")
+
+    def build_beside() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        build(partial)
+        partial.rename(target)
+
+    return _once(target, target.is_dir, build_beside)
+
+
+def _place(kind: str, source: Path, key: Mapping[str, Any], root: Path | None) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name) or "model"
-    place = (root or cache_root()) / "artifacts"
-    target = place / f"{name}-{content_key(source, key)[:16]}"
-    if (target / _WHOLE).is_file():
-        log.info("using the compressed model in %s", target)
-        return target
-    place.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(target.name + ".lock")):
-        if not (target / _WHOLE).is_file():  # another process may just have built it
-            log.info("compressing into %s", target)
-            build(target)
-    if not (target / _WHOLE).is_file():
-        raise ArtifactError(f"the build left no {_WHOLE}", where=str(target))
+    return (root or cache_root()) / kind / f"{name}-{content_key(source, key)[:16]}"
+
+
+def _once(target: Path, whole: Callable[[], bool], build: Callable[[], object]) -> Path:
+    """`target`, built under its lock unless it is whole."""
+    if not whole():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(target.name + ".lock")):
+            if not whole():  # another process may just have built it
+                log.info("building %s", target)
+                build()
+        if not whole():
+            raise ArtifactError(f"the build left no {_WHOLE}", where=str(target))
+    log.info("using %s", target)
     return target
 
 
@@ -100,6 +136,6 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.warning("another process is compressing the same model; waiting for %s", path)
+            log.warning("another process is building the same; waiting for %s", path)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
