@@ -4,7 +4,8 @@ For a linear layer the statistic is H = mean over tokens of x x^T; layers that r
 (q, k and v; gate and up) share one H, found by watching which tensor each is given. Experts are not
 reduced on the way: their inputs and routing are kept, so that Hessians can be formed a few experts
 at a time and an expert's down projection can be fitted to what its quantised gate and up really
-produce.
+produce. If the first batch shows that nothing in the block reads after its experts, their outputs
+are not computed for the other batches: zeros take their place.
 
     H_e = sum_t w_t x_t x_t^T / sum_t w_t       over the tokens routed to expert e
 
@@ -13,15 +14,17 @@ with w_t = 1, the gate weight ("gate", MoEQuant's affinity-guided weighting) or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitnest.kernels.experts import Weights, experts_forward, up_name
+from bitnest.kernels.experts import Weights, experts_forward
 
 WEIGHTINGS = ("none", "gate", "gate2")
 
@@ -83,6 +86,8 @@ class Collector:
         self._undo: list[Callable[[], None]] = []
         self._first: dict[tuple[int, int, int], tuple[str, torch.Tensor]] | None = {}
         self._leaders: set[str] = set()
+        self._experts_ran = False
+        self._read_later = False  # something in the block is called after its experts
 
     def __enter__(self) -> Collector:
         for name, module in self._linears:
@@ -113,6 +118,7 @@ class Collector:
             x = args[0].detach()
             width = x.shape[-1]
             if self._first is not None:
+                self._read_later |= self._experts_ran
                 # The first batch's inputs are kept alive, so an address names one tensor only.
                 key = (x.data_ptr(), x.numel(), width)
                 leader, _ = self._first.setdefault(key, (name, x))
@@ -137,9 +143,29 @@ class Collector:
             routed.states.append(hidden.detach().cpu())
             routed.index.append(top_k_index.detach().cpu())
             routed.gates.append(top_k_weights.detach().cpu())
+            if self._first is None and not self._read_later:
+                return torch.zeros_like(hidden)
+            self._read_later |= self._experts_ran
+            self._experts_ran = True
             return experts_forward(module, weights, hidden, top_k_index, top_k_weights)
 
         return forward
+
+
+@contextmanager
+def reference_experts(modules: Iterable[Any]) -> Iterator[None]:
+    """Run these experts modules through `experts_forward` on their own dense weights.
+
+    The same arithmetic as packed experts, whatever implementation transformers would choose.
+    """
+    changed = list(modules)
+    for module in changed:
+        module.forward = partial(experts_forward, module, dense_weights(module))
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
 
 def dense_weights(module: Any) -> Weights:
@@ -176,14 +202,3 @@ def weighted_mean(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.zeros(x.shape[1], x.shape[1], device=x.device)
     return (x * (w / total)[:, None]).T @ x
 
-
-__all__ = [
-    "WEIGHTINGS",
-    "Collector",
-    "Hessian",
-    "Routed",
-    "dense_weights",
-    "expert_tokens",
-    "up_name",
-    "weighted_mean",
-]

@@ -13,7 +13,6 @@ come out the same. Runs with other inputs, versions or thread counts do not resu
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from bitnest.artifact import (
     site_tensors,
     storage_error,
 )
-from bitnest.calibrate.collector import Collector
+from bitnest.calibrate.collector import Collector, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
@@ -196,7 +195,7 @@ class _Run:
             self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
             self._store(layer, list(self._solve(layer, prefix)))
             if self.stream is not None and layer + 1 < count:
-                self.stream.run(layer, keep=True)
+                self._propagate(layer)
             self.skeleton.drop(prefix)
             self.progress.step()
 
@@ -249,8 +248,14 @@ class _Run:
                 tensors = site_tensors(record, headers)
                 weight = decode_int(tensors, fmt, record.site.shape)
                 record.site.view(self._parameter(record.site)).copy_(weight)
-        self.stream.run(layer, keep=True)
+        self._propagate(layer)
         self.skeleton.drop(prefix)
+
+    def _propagate(self, layer: int) -> None:
+        assert self.stream is not None
+        modules = self.skeleton.blocks[layer].modules()
+        with reference_experts(m for m in modules if is_experts(m)):
+            self.stream.run(layer, keep=True)
 
 
 def _with_dense_experts(
@@ -396,8 +401,3 @@ def _deterministic() -> Iterator[None]:
 def with_calibration(job: Job, calibration: CalibrationSet | None) -> Job:
     """The same job with its calibration tokens."""
     return replace(job, calibration=calibration)
-
-
-def say(text: str) -> None:
-    """One line to people, on stderr."""
-    sys.stderr.write(text + "\n")
