@@ -1,0 +1,280 @@
+"""Perplexity, KL divergence against a base, agreement and size, of several models side by side.
+
+Every text is cut into windows that do not overlap, spread evenly from its first token to its last;
+within a window every token but the first is predicted. The base runs first and leaves its final
+hidden states behind (`reference`); then one model after the other is loaded, compared and dropped,
+so one model is in memory at a time. All checks that need no weights come before any are loaded.
+
+Left out: zero-shot tasks, and texts tokenised by different vocabularies (their perplexities per
+token cannot be compared).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitnest.artifact import Artifact, is_artifact
+from bitnest.calibrate.data import load_texts, parse_source, token_windows
+from bitnest.checkpoint import resolve_model
+from bitnest.errors import BitnestError, DataError
+from bitnest.eval.divergence import Tokens, compare
+from bitnest.eval.logits import (
+    Full,
+    Head,
+    Logits,
+    Streamed,
+    not_a_number,
+    open_head,
+    own_logits,
+    record,
+)
+from bitnest.eval.reference import Reference
+from bitnest.eval.report import EvalReport, Row, Text, score
+from bitnest.packed.loading import load_model, load_tokenizer
+from bitnest.safetensors_io import read_header
+
+if TYPE_CHECKING:
+    from bitnest.quantize.compress import Progress
+
+__all__ = ["EvalReport", "evaluate"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+SELECTION = "spread"
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    data: Sequence[str],
+    window: int = 256,
+    windows: int = 64,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Measure `models` on the texts `data`, and against the base `against` where one is named.
+
+    models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. window,
+    windows: tokens in a window, windows per text. batch_size: windows per forward pass (packed
+    models decode their weights once per pass). dtype: compute type. The base is the first row.
+
+    Raises:
+        BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
+            context, a model that computes NaN, options out of range.
+        DataError: a text that is missing or too short, two texts of one label.
+        CheckpointError, ArtifactError: a model that cannot be opened.
+    """
+    _check_options(models, window, windows, batch_size, dtype)
+    given = [model for model in (against, *models) if model is not None]
+    paths = [resolve_model(model) for model in given]
+    names = _names(given, paths)
+    for name, path in zip(names, paths, strict=True):
+        _check_context(name, path, window, trust_remote_code)
+    tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
+    _check_vocabulary(names, paths, tokenizers)
+    texts, tokens = _read(tokenizers[0], data, window, windows)
+
+    reference: Reference | None = None
+    rows: list[Row] = []
+    parameters = _parameters(paths[0])
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        is_base = against is not None and number == 0
+        if progress is not None:
+            progress.phase(f"measure {name}", sum(text.windows for text in texts))
+        model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        head = open_head(model, tokens[0], name)
+        kept = Reference(head, model.device, []) if is_base else None
+        results = _measure(model, head, name, tokens, batch_size, reference, kept, progress)
+        del model
+        gc.collect()
+        if is_base:
+            reference = kept
+        nbytes = weight_bytes(path)
+        counted = parameters if against is not None else _parameters(path)
+        scores = tuple(score(text, result) for text, result in zip(texts, results, strict=True))
+        bits = 8 * nbytes / counted if counted else None
+        rows.append(Row(name, is_base, nbytes, counted, bits, head is not None, scores))
+    return EvalReport(names[0] if against is not None else None, dtype, texts, tuple(rows))
+
+
+def _measure(
+    model: Any,
+    head: Head | None,
+    name: str,
+    tokens: Sequence[torch.Tensor],
+    batch_size: int,
+    reference: Reference | None,
+    kept: Reference | None,
+    progress: Progress | None,
+) -> list[Tokens]:
+    """Per-token results of one model on every text; `kept` takes its outputs if it is the base."""
+    results = []
+    for number, windows in enumerate(tokens):
+        labels = windows[:, 1:].flatten()
+        parts: list[Tokens] = []
+        for rows, logits in _logits(model, head, windows, batch_size):
+            base = None if reference is None else reference.logits(number, rows)
+            if base is not None and base.vocab != logits.vocab:
+                raise _other_vocabulary(name, f"{logits.vocab} logits, the base has {base.vocab}")
+            part = compare(logits, labels[rows], base)
+            if not all(v.isfinite().all() for v in (part.nll, part.kl) if v is not None):
+                raise not_a_number(name)
+            parts.append(part)
+            if kept is not None:
+                kept.keep(number, rows, logits, len(labels))
+            if progress is not None:
+                progress.step((rows.stop - rows.start) // (windows.shape[1] - 1))
+        results.append(_join(parts))
+    return results
+
+
+def _logits(
+    model: Any, head: Head | None, tokens: torch.Tensor, batch_size: int
+) -> Iterator[tuple[slice, Logits]]:
+    """Logits of all predictions, batch by batch, with the rows they are; tokens (N, T)."""
+    per_window = tokens.shape[1] - 1
+    step = 1 if head is None else batch_size
+    for start in range(0, len(tokens), step):
+        part = tokens[start : start + step]
+        rows = slice(start * per_window, (start + len(part)) * per_window)
+        if head is None:
+            yield rows, Full(own_logits(model, part)[:, :-1].flatten(0, 1), model.device)
+        else:
+            yield rows, Streamed(record(model, part)[:, :-1].flatten(0, 1), head)
+
+
+def _join(parts: Sequence[Tokens]) -> Tokens:
+    kl = [part.kl for part in parts if part.kl is not None]
+    same = [part.same for part in parts if part.same is not None]
+    return Tokens(
+        torch.cat([part.nll for part in parts]),
+        torch.cat(kl) if kl else None,
+        torch.cat(same) if same else None,
+    )
+
+
+def _read(
+    tokenizer: Any, data: Sequence[str], window: int, windows: int
+) -> tuple[tuple[Text, ...], list[torch.Tensor]]:
+    sources = [parse_source(spec) for spec in data]
+    labels = [source.label for source in sources]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"two texts are called '{twice}'", hint="label them: --data one=PATH --data two=PATH"
+        )
+    texts, tokens = [], []
+    for source in sources:
+        found = token_windows(
+            tokenizer,
+            load_texts(source.source),
+            window=window,
+            count=windows,
+            selection=SELECTION,
+            where=source.source,
+        )
+        digest = hashlib.sha256(found.numpy().tobytes()).hexdigest()
+        texts.append(
+            Text(source.label, source.source, windows, window, SELECTION,
+                 windows * (window - 1), digest)
+        )  # fmt: skip
+        tokens.append(found)
+    return tuple(texts), tokens
+
+
+def _check_options(
+    models: Sequence[str | Path], window: int, windows: int, batch_size: int, dtype: str
+) -> None:
+    if not models:
+        raise BitnestError("no model to evaluate", hint="name at least one")
+    if dtype not in DTYPES:
+        raise BitnestError(f"unknown compute type '{dtype}'", hint="one of: " + ", ".join(DTYPES))
+    for option, value, least in (
+        ("window", window, 2), ("windows", windows, 1), ("batch-size", batch_size, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise BitnestError(f"--{option} {value}: must be {least} or more")
+
+
+def _names(given: Sequence[str | Path], paths: Sequence[Path]) -> list[str]:
+    """Short names where they are unique, else what the user typed."""
+    short = [str(g) if not Path(g).expanduser().is_dir() else p.resolve().name
+             for g, p in zip(given, paths, strict=True)]  # fmt: skip
+    distinct = {name: len({p.resolve() for n, p in zip(short, paths, strict=True) if n == name})
+                for name in short}  # fmt: skip
+    return [name if distinct[name] == 1 else str(g) for name, g in zip(short, given, strict=True)]
+
+
+def _check_context(name: str, path: Path, window: int, trust_remote_code: bool) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise BitnestError(
+            f"--window {window} is more than the context of '{name}', {limit} tokens",
+            where=str(path),
+            hint=f"--window {limit} or less",
+        )
+
+
+def _check_vocabulary(
+    names: Sequence[str], paths: Sequence[Path], tokenizers: Sequence[Any]
+) -> None:
+    def content(path: Path) -> bytes | None:
+        file = path / "tokenizer.json"
+        return file.read_bytes() if file.exists() else None
+
+    first = content(paths[0])
+    vocabulary = tokenizers[0].get_vocab()
+    for name, path, tokenizer in zip(names[1:], paths[1:], tokenizers[1:], strict=True):
+        if first is not None and content(path) == first:
+            continue
+        if tokenizer.get_vocab() != vocabulary:
+            raise _other_vocabulary(name, f"its tokens are not those of '{names[0]}'")
+
+
+def _other_vocabulary(name: str, detail: str) -> BitnestError:
+    return BitnestError(
+        f"'{name}' has another vocabulary: {detail}",
+        where=name,
+        hint="only models of one tokenizer can be compared per token",
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if is_artifact(path):
+        files = Artifact.open(path).manifest["files"]
+        return [path / name for name in sorted(files) if name.endswith(".safetensors")]
+    index = path / "model.safetensors.index.json"
+    if index.exists():  # some repositories keep the same weights in a second layout beside
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path / name for name in sorted(names)]
+    return sorted(path.glob("*.safetensors"))
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the safetensors files that make up the model in `path`."""
+    return sum(file.stat().st_size for file in _weight_files(path))
+
+
+def _parameters(path: Path) -> int | None:
+    """Weights of the checkpoint in `path`, or of the one its artifact was made from."""
+    if is_artifact(path):
+        return int(Artifact.open(path).manifest["source"]["parameters"])
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        return None  # the shapes of packed tensors are not those of the weights
+    shapes = [info.shape for file in _weight_files(path) for info in read_header(file).values()]
+    return sum(math.prod(shape) for shape in shapes)

@@ -1,0 +1,124 @@
+"""What an evaluation found, as frozen values that turn into JSON.
+
+Every figure stands beside the protocol it was measured by: windows, their length and selection, the
+compute type, the number of predictions, and a hash of the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bitnest.eval.divergence import Tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text as it was measured.
+
+    label, source: as named by the user. windows, window: number of windows and tokens in each.
+    selection: `spread`, evenly over the text without overlap. predictions: windows * (window - 1),
+    every token but a window's first. sha256: of the tokens, int64 in order.
+    """
+
+    label: str
+    source: str
+    windows: int
+    window: int
+    selection: str
+    predictions: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(base || model) over predictions in nats, and the share with the same largest logit."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    max: float
+    same_top: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one text.
+
+    perplexity: exp(nll). nll: mean over predictions, nats. nll_error: its standard error, from the
+    spread of the windows' means (tokens of one window are not independent); None for one window.
+    kl: None without a base, and for the base's own row.
+    """
+
+    text: str
+    perplexity: float
+    nll: float
+    nll_error: float | None
+    kl: Divergence | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    model: its name. nbytes: bytes of its safetensors files. parameters: weights of the checkpoint
+    everything is compared with (its own without a base), None if unknown. bits_per_weight:
+    8 nbytes / parameters. streamed: whether logits were streamed through the head, or came from the
+    model's own forward.
+    """
+
+    model: str
+    base: bool
+    nbytes: int
+    parameters: int | None
+    bits_per_weight: float | None
+    streamed: bool
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Models side by side, the base first. base: its name, or None. dtype: compute type."""
+
+    base: str | None
+    dtype: str
+    texts: tuple[Text, ...]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def score(text: Text, tokens: Tokens) -> Score:
+    """Summarise the per-token results of one text; rows are windows in order.
+
+    Percentiles interpolate linearly between predictions.
+    """
+    nll = float(tokens.nll.mean())
+    means = tokens.nll.view(text.windows, -1).mean(1)
+    error = float(means.std()) / math.sqrt(text.windows) if text.windows > 1 else None
+    kl = None
+    if tokens.kl is not None and tokens.same is not None:
+        kl = Divergence(
+            mean=float(tokens.kl.mean()),
+            median=_percentile(tokens.kl, 0.5),
+            p90=_percentile(tokens.kl, 0.9),
+            p99=_percentile(tokens.kl, 0.99),
+            max=float(tokens.kl.max()),
+            same_top=float(tokens.same.double().mean()),
+        )
+    perplexity = math.exp(nll) if nll < math.log(torch.finfo(torch.float64).max) else math.inf
+    return Score(text.label, perplexity, nll, error, kl)
+
+
+def _percentile(values: torch.Tensor, share: float) -> float:
+    ordered = values.sort().values  # torch.quantile is limited to 16 million values
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
