@@ -54,15 +54,16 @@ class Agreement:
     """The shares of positions with the same top token, over `positions`.
 
     vllm_agrees: vLLM with bitnest in float32. floor: bitnest in the model's type with float32.
-    transformers_agrees: transformers' load of the export with bitnest, both in the model's type.
-    max_logit_difference: the largest between those two. logit_std: of bitnest's logits.
+    transformers_agrees: transformers' load of the export with bitnest, both in the model's type;
+    None if it cannot load this export. max_logit_difference: the largest between those two.
+    logit_std: of bitnest's logits.
     """
 
     positions: int
     vllm_agrees: float
     floor: float
-    transformers_agrees: float
-    max_logit_difference: float
+    transformers_agrees: float | None
+    max_logit_difference: float | None
     logit_std: float
 
 
@@ -110,18 +111,27 @@ def compare(artifact: Path, export: Path, tokens: list[list[int]], top: Any) -> 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from bitnest.artifact import Artifact
+    from bitnest.errors import TargetError
+    from bitnest.export.targets import check_engine
     from bitnest.packed.loading import load_model
 
     exact = logits(load_model(artifact, dtype=torch.float32), tokens)
     own = logits(load_model(artifact), tokens)
-    other = logits(AutoModelForCausalLM.from_pretrained(export, dtype="auto").eval(), tokens)
     best = exact.argmax(-1)
+    try:
+        check_engine("transformers", Artifact.open(artifact).records, {})
+        model = AutoModelForCausalLM.from_pretrained(export, dtype="auto").eval()
+        other = logits(model, tokens)
+    except TargetError as error:
+        print(f"transformers left out: {error.what}")
+        other = None
     return Agreement(
         positions=best.numel(),
         vllm_agrees=_share(best == torch.tensor(top)),
         floor=_share(best == own.argmax(-1)),
-        transformers_agrees=_share(own.argmax(-1) == other.argmax(-1)),
-        max_logit_difference=float((own - other).abs().max()),
+        transformers_agrees=None if other is None else _share(own.argmax(-1) == other.argmax(-1)),
+        max_logit_difference=None if other is None else float((own - other).abs().max()),
         logit_std=float(own.std()),
     )
 

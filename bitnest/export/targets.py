@@ -46,9 +46,9 @@ class Engine:
     `bits`, None in it for one scale per row; empty: any. multiple: in and out features of linears
     divide by it. expert_bits: widths of experts. expert_channel, expert_asymmetric: whether experts
     may have one scale per row, zero points. min_top_k: experts per token at least.
-    one_expert_scheme: all layers' experts share one. whole_words: packed rows of experts and packed
-    zero points must fill their 32-bit words. note: said with every export for it; expert_note: if
-    experts are packed.
+    one_expert_scheme: all layers' fused experts share one, and none is dense. whole_words: packed
+    rows of experts and packed zero points must fill their 32-bit words. note: said with every
+    export for it; expert_note: if experts are packed.
     """
 
     source: str
@@ -92,7 +92,7 @@ ENGINES: dict[str, Engine] = {
     "transformers": Engine(
         source="transformers 5.23.0: integrations/compressed_tensors.py",
         bits=ALL_BITS,
-        asymmetric_bits=ALL_BITS,
+        asymmetric_bits=(),  # its empty model expects zero points unpacked: a shape mismatch
         expert_bits=ALL_BITS,
         expert_asymmetric=False,
         one_expert_scheme=True,
@@ -146,11 +146,7 @@ def check_engine(name: str, records: Sequence[SiteRecord], config: Mapping[str, 
             hint="keep the experts dense: --rule 'kind:expert=dense'",
         )
     if engine.one_expert_scheme:
-        _check_one_scheme(
-            [record for record in records if record.site.kind == "expert"],
-            f"{name} decodes every layer's experts by one scheme",
-            "give all experts one format",
-        )
+        _check_all_experts(name, records)
     notes = [note for note in (engine.note, engine.expert_note if experts else "") if note]
     widths = sorted({int_format(r).bits for r in packed} & set(engine.extra_bits))
     if widths:
@@ -247,6 +243,18 @@ def _check_experts(records: Sequence[SiteRecord]) -> None:
         )
 
 
+def _check_all_experts(name: str, records: Sequence[SiteRecord]) -> None:
+    family = [r for r in records if r.site.kind == "expert" and r.site.param != "weight"]
+    rule = f"{name} decodes every layer's experts by one scheme"
+    _check_one_scheme(family, rule, "give all experts one format")
+    if family and family[0].format == "dense":
+        raise TargetError(
+            f"{name} cannot load dense experts in a model that has packed weights",
+            where=family[0].site.name,
+            hint="give the experts a packed format",
+        )
+
+
 def _check_one_scheme(family: Sequence[SiteRecord], rule: str, hint: str) -> None:
     for record in family[1:]:
         if record.format != family[0].format:
@@ -285,6 +293,8 @@ def _check_site(name: str, engine: Engine, record: SiteRecord) -> None:
 
 
 def _kernel_limits(engine: Engine, fmt: IntFormat) -> str:
+    if not fmt.symmetric and not engine.asymmetric_bits:
+        return "cannot load packed zero points"
     if not fmt.symmetric and fmt.bits not in engine.asymmetric_bits:
         return f"runs zero points at {_widths(engine.asymmetric_bits)} only, not at {fmt.bits}-bit"
     if engine.groups and fmt.group not in engine.groups:
