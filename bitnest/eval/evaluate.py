@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitnest.artifact import Artifact, is_artifact
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
 from bitnest.errors import BitnestError, DataError
@@ -38,8 +35,8 @@ from bitnest.eval.logits import (
 )
 from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
+from bitnest.eval.size import count_parameters, weight_bytes
 from bitnest.packed.loading import load_model, load_tokenizer
-from bitnest.safetensors_io import read_header
 
 if TYPE_CHECKING:
     from bitnest.quantize.compress import Progress
@@ -87,7 +84,7 @@ def evaluate(
 
     reference: Reference | None = None
     rows: list[Row] = []
-    parameters = _parameters(paths[0])
+    parameters = count_parameters(paths[0])
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         is_base = against is not None and number == 0
         if progress is not None:
@@ -101,7 +98,7 @@ def evaluate(
         if is_base:
             reference = kept
         nbytes = weight_bytes(path)
-        counted = parameters if against is not None else _parameters(path)
+        counted = parameters if against is not None else count_parameters(path)
         scores = tuple(score(text, result) for text, result in zip(texts, results, strict=True))
         bits = 8 * nbytes / counted if counted else None
         rows.append(Row(name, is_base, nbytes, counted, bits, head is not None, scores))
@@ -251,30 +248,3 @@ def _other_vocabulary(name: str, detail: str) -> BitnestError:
         where=name,
         hint="only models of one tokenizer can be compared per token",
     )
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if is_artifact(path):
-        files = Artifact.open(path).manifest["files"]
-        return [path / name for name in sorted(files) if name.endswith(".safetensors")]
-    index = path / "model.safetensors.index.json"
-    if index.exists():  # some repositories keep the same weights in a second layout beside
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [path / name for name in sorted(names)]
-    return sorted(path.glob("*.safetensors"))
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of the safetensors files that make up the model in `path`."""
-    return sum(file.stat().st_size for file in _weight_files(path))
-
-
-def _parameters(path: Path) -> int | None:
-    """Weights of the checkpoint in `path`, or of the one its artifact was made from."""
-    if is_artifact(path):
-        return int(Artifact.open(path).manifest["source"]["parameters"])
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
-        return None  # the shapes of packed tensors are not those of the weights
-    shapes = [info.shape for file in _weight_files(path) for info in read_header(file).values()]
-    return sum(math.prod(shape) for shape in shapes)

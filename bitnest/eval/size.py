@@ -1,0 +1,42 @@
+"""Bytes of a model's weights on disk, and the parameters they stand for.
+
+    bits per weight = 8 * bytes of the weight files / parameters of the base
+
+Weight files are counted whole: headers, scales and the embedding included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from bitnest.artifact import Artifact, is_artifact
+from bitnest.safetensors_io import read_header
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the safetensors files that make up the model in `path`."""
+    return sum(file.stat().st_size for file in _weight_files(path))
+
+
+def count_parameters(path: Path) -> int | None:
+    """Weights of the checkpoint in `path`, or of the one its artifact was made from."""
+    if is_artifact(path):
+        return int(Artifact.open(path).manifest["source"]["parameters"])
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        return None  # the shapes of packed tensors are not those of the weights
+    shapes = [info.shape for file in _weight_files(path) for info in read_header(file).values()]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if is_artifact(path):
+        files = Artifact.open(path).manifest["files"]
+        return [path / name for name in sorted(files) if name.endswith(".safetensors")]
+    index = path / "model.safetensors.index.json"
+    if index.exists():  # some repositories keep the same weights in a second layout beside
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path / name for name in sorted(names)]
+    return sorted(path.glob("*.safetensors"))
