@@ -28,8 +28,8 @@ from bitnest.checkpoint import Checkpoint
 from bitnest.errors import ArtifactError, BitnestError, TargetError
 from bitnest.export import compressed_tensors as exporter
 from bitnest.export.compressed_tensors import export_compressed_tensors
+from bitnest.export.engines import ENGINES
 from bitnest.export.schemes import quantization_config, scheme_of
-from bitnest.export.targets import ENGINES
 from bitnest.export.verify import _stream, verify_export
 from bitnest.quantize.compress import prepare, run
 from bitnest.recipe import Recipe, Rule

@@ -32,9 +32,9 @@ import torch
 
 from bitnest.artifact import MANIFEST, Artifact, SiteRecord
 from bitnest.errors import ArtifactError, TargetError
+from bitnest.export.engines import DENSE_STREAM_BITS
 from bitnest.export.schemes import quantization_config
 from bitnest.export.targets import (
-    DENSE_STREAM_BITS,
     check_engine,
     check_layout,
     engine_notes,
@@ -86,7 +86,7 @@ def export_compressed_tensors(
 ) -> ExportResult:
     """Write the artifact in `artifact_path` as a pack-quantized model directory `out`.
 
-    engine: refuse what this engine (see `targets.ENGINES`) cannot run; None refuses only what the
+    engine: refuse what this engine (see `engines.ENGINES`) cannot run; None refuses only what the
     files cannot say and turns engines' limits into notes. verify: decode every weight of the
     finished files by other code and compare bit for bit.
 
