@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bitnest.calibrate.data import load_texts, token_windows
 from bitnest.errors import BitnestError, DataError
 from bitnest.eval import logits as logits_module
 from bitnest.eval import reference as reference_module
@@ -33,6 +34,7 @@ from bitnest.eval.evaluate import evaluate
 from bitnest.eval.logits import Full, Head, Streamed
 from bitnest.eval.render import table
 from bitnest.eval.report import EvalReport
+from bitnest.packed.loading import load_tokenizer
 
 VOCAB = 307  # prime: no slice width divides it
 SIZES = dict(
@@ -100,10 +102,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
 
 def truth(base: Path, model: Path, text: str, window: int, windows: int) -> dict[str, object]:
     """PPL, KL and agreement from whole logits in float64, written down as plainly as possible."""
-    words = Path(text.split("=")[1]).read_text().split()
-    ids = torch.tensor([int(word[1:]) for word in words])
-    starts = [i * (len(ids) - window) // (windows - 1) for i in range(windows)]
-    tokens = torch.stack([ids[s : s + window] for s in starts])
+    tokens = token_windows(
+        load_tokenizer(base), load_texts(text.split("=")[1]), window=window, count=windows
+    )
     log_p, log_q = (
         torch.log_softmax(
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -166,6 +167,18 @@ def test_family_with_an_unknown_rule_falls_back_to_its_own_logits(
         report = run(model, base, text)
     assert [row.streamed for row in report.rows] == [False, False]
     assert "full logits" in caplog.text
+    check(report, truth(base, model, text, 33, 7))
+
+
+def test_field_that_acts_elsewhere_in_its_family_is_not_applied_to_logits(
+    pairs: dict[str, tuple[Path, Path]], text: str, tmp_path: Path
+) -> None:
+    base, model = pairs["llama"]
+    named = disturb(base, tmp_path / "named", amount=0)
+    config = json.loads((named / "config.json").read_text())
+    (named / "config.json").write_text(json.dumps({**config, "logits_scaling": 3.0}))
+    report = run(model, named, text)
+    assert report.rows[0].streamed
     check(report, truth(base, model, text, 33, 7))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from bitnest.eval.logits import Logits
 
-ROWS, SLICE = 512, 2048  # one block of logits: 4 MiB, so that a CPU works on it in its cache
+ROWS, SLICE = 512, 1024  # one block of logits: 2 MiB, so that a CPU works on it in its cache
 ROWS_GPU, SLICE_GPU = 4096, 8192
 
 

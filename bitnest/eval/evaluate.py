@@ -1,7 +1,7 @@
 """Perplexity, KL divergence against a base, agreement and size, of several models side by side.
 
-Every text is cut into windows that do not overlap, spread evenly from its first token to its last;
-within a window every token but the first is predicted. The base runs first and leaves its final
+Every text is cut into windows that do not overlap, spread evenly over it (`calibrate.data`); within
+a window every token but the first is predicted. The base runs first and leaves its final
 hidden states behind (`reference`); then one model after the other is loaded, compared and dropped,
 so one model is in memory at a time. All checks that need no weights come before any are loaded.
 

@@ -56,7 +56,8 @@ class Reference:
 
     def keep(self, text: int, rows: slice, logits: Logits, predictions: int) -> None:
         """Store the outputs behind `logits` as rows `rows` of text number `text`."""
-        values = logits.hidden if isinstance(logits, Streamed) else logits.values  # type: ignore[attr-defined]
+        assert isinstance(logits, Streamed | Full)
+        values = logits.hidden if isinstance(logits, Streamed) else logits.values
         if text == len(self.stored):
             self.stored.append(storage(predictions, values.shape[1]))
         self.stored[text][rows] = values.float().cpu()
