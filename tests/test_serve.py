@@ -24,11 +24,18 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from bitnest.errors import BitnestError, MissingExtra, TargetError
+from bitnest.errors import BitnestError, MissingExtra, TargetError, UnsupportedModel
 from bitnest.serve import engine_vllm
 from bitnest.serve.backend import BackendStopped, Deliver, Job, Update
+from bitnest.serve.backend_continuous import ContinuousBackend
 from bitnest.serve.cache import cached_artifact, cached_export
 from bitnest.serve.run import listen, unapplied_defaults
 from bitnest.serve.sampling import Sampling, pick_tokens, uniform
@@ -94,7 +101,10 @@ def twin(model: Any) -> Any:
 
 
 @pytest.fixture(scope="module", params=["continuous", "generate"])
-def client(request: pytest.FixtureRequest, model: Any, tokenizer: Any) -> Iterator[TestClient]:
+def client(
+    request: pytest.FixtureRequest, model: Any, twin: Any, tokenizer: Any
+) -> Iterator[TestClient]:
+    # The twin is made first: some releases serve with another attention implementation set.
     app = create_app(model, tokenizer, model_name=NAME, backend=request.param, cache_tokens=2048)
     with TestClient(app, raise_server_exceptions=True) as opened:
         yield opened
@@ -495,6 +505,44 @@ def test_dead_generation_thread_is_503_not_a_hang(model: Any, tokenizer: Any) ->
                 break
             time.sleep(0.01)
         assert post(client, prompt="a", max_tokens=2).status_code == 503
+
+
+def test_more_tokens_than_the_cache_holds_are_still_the_models(
+    model: Any, twin: Any, tokenizer: Any
+) -> None:
+    own = copy.deepcopy(model)
+    app = create_app(own, tokenizer, model_name=NAME, cache_tokens=256)  # one page of the cache
+    with TestClient(app) as client:
+        body = complete(client, prompt=PROMPTS, max_tokens=150, temperature=0)
+    for choice, prompt in zip(body["choices"], PROMPTS, strict=True):
+        assert choice["text"] == reference(twin, tokenizer, prompt, 150)
+
+
+def test_family_that_fails_in_its_first_forward_is_refused_at_start() -> None:
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=2,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    )
+    backend = ContinuousBackend(DeepseekV3ForCausalLM(config).eval(), (), cache_tokens=256)
+    with pytest.raises(UnsupportedModel, match="continuous batching") as caught:
+        backend.start()
+    assert "--backend generate" in caught.value.hint
+    assert not backend.alive()
 
 
 def test_error_in_one_generate_call_spares_the_next(model: Any, tokenizer: Any) -> None:

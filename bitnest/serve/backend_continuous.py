@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,6 @@ from bitnest.serve.sampling import Sampling, force_sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 _PAGE = 256  # tokens per cache block, the manager's default
 _SLACK_BLOCKS = 8  # models that mix attention kinds lose part of a block per kind
@@ -119,16 +118,35 @@ class ContinuousBackend:
             manager = self._new_manager()
             manager.warmup()  # allocates the cache here, where an error can still be told
         except (ValueError, AttributeError, NotImplementedError, MemoryError, KeyError) as error:
-            raise UnsupportedModel(
-                f"continuous batching cannot run this model: {error}",
-                where=type(self._model).__name__,
-                hint="serve it with --backend generate, or with a smaller --cache-tokens if "
-                "memory is what is missing",
-            ) from error
+            raise self._unsupported(error) from error
         manager.start()
         self._manager = manager
         self._reader = threading.Thread(target=self._read, name="continuous-reader", daemon=True)
         self._reader.start()
+        self._probe()
+
+    def _probe(self) -> None:
+        """Generate two tokens: some families are only found out by the first forward pass."""
+        news: queue.Queue[Update] = queue.Queue()
+        library_log = logging.getLogger("ContinuousBatchingLogger")
+        level = library_log.level
+        library_log.setLevel(logging.CRITICAL + 1)  # its traceback says nothing the error does not
+        try:
+            self.submit(Job("probe", (0, 0), 2), news.put)
+            while not (update := news.get()).finished:
+                if update.error is not None:
+                    self.stop()
+                    raise self._unsupported(update.error)
+        finally:
+            library_log.setLevel(level)
+
+    def _unsupported(self, why: object) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"continuous batching cannot run this model: {why}",
+            where=type(self._model).__name__,
+            hint="serve it with --backend generate, or with a smaller --cache-tokens if memory is "
+            "what is missing",
+        )
 
     def _new_manager(self) -> Any:
         from dataclasses import fields
@@ -228,6 +246,4 @@ class ContinuousBackend:
                 self._forget(output.request_id)
             else:
                 self._jobs[output.request_id] = (deliver, len(tokens))
-        if output.error is not None:
-            log.error("request %s failed: %s", output.request_id, output.error)
         deliver(Update(tuple(tokens[delivered:]), finished and output.error is None, output.error))
