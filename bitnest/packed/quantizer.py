@@ -52,6 +52,7 @@ class BitnestQuantizer(HfQuantizer):
             raise ArtifactError("an artifact is loaded from its directory, not from a state dict")
         self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
         self.weights = _replace_modules(model, self.artifact)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -59,7 +60,11 @@ class BitnestQuantizer(HfQuantizer):
         for record, weight in self.weights:
             device = _device_of(model, record.site.module)
             weight.load(site_tensors(record, headers), device)
-        del self.weights
+        for name, parameter in model.named_parameters():
+            # transformers before 5.20 leaves renamed tensors of a quantised model in their disk type
+            if parameter.dtype != self.dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(self.dtypes[name])
+        del self.weights, self.dtypes
         return model
 
     def is_serializable(self, **_: Any) -> bool:
