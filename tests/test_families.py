@@ -1,8 +1,8 @@
 """Every supported family: the right matrices are found, and the artifact computes what it stores.
 
 The reference never touches bitnest's code: packed tensors are read by the safetensors library and
-decoded in numpy from the format's definition, the decoded values are put into a copy of the original
-checkpoint under its own tensor names, and transformers loads that.
+decoded in numpy from the format's definition, the decoded values are put into a copy of the
+original checkpoint under its own tensor names, and transformers loads that.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def stored(directory: Path, pattern: str = "*.safetensors") -> dict[str, torch.T
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Rows of 32-bit words to `count` codes each: bit k of a row's stream is bit k%32 of word k//32."""
+    """Rows of 32-bit words to `count` codes each; bit k of a row is bit k%32 of word k//32."""
     stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     return stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
 
@@ -334,7 +334,7 @@ def test_rule_that_matches_nothing_is_refused(
 def test_rules_mix_formats_and_dense_experts_in_one_layer(
     family: str, tiny: Builder, text: Path, tmp_path: Path
 ) -> None:
-    """One expert dense, another's down projection in 8 bits, all beside 4-bit ones; a site whole dense."""
+    """One expert dense, another's down projection in 5 bits, both beside 4-bit ones."""
     artifact = compress(
         tiny(family),
         tmp_path / "out",

@@ -1,8 +1,8 @@
 """Pico models: random weights, two blocks, 64 wide, saved as real checkpoints of real families.
 
-Each family names what a person reading its architecture expects to be quantised: `sites` counts the
-matrices of the whole model by kind. Widths are chosen for their edges: 172 and 40 leave a short last
-group at every group size, some heads are tied, some checkpoints are sharded, types differ.
+Each family names what a person reading its architecture expects to be quantised: `sites` counts
+the matrices of the whole model by kind. Widths are chosen for their edges: 172 and 40 leave a short
+last group at every group size, some heads are tied, some checkpoints are sharded, types differ.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _MLA: dict[str, Any] = {
 class Family:
     """One architecture in miniature.
 
-    config: name of its transformers config class. options: what that class is given. sites: matrices
-    by kind. dtype: stored type. shard: save_pretrained's max_shard_size. fused: suffixes of tensors
-    that hold all experts of a layer in one 3-D tensor on disk. transposed: kinds whose matrices lie
-    (in, out) on disk.
+    config: name of its transformers config class. options: what that class is given. sites:
+    matrices by kind. dtype: stored type. shard: save_pretrained's max_shard_size. fused: suffixes
+    of tensors that hold all experts of a layer in one 3-D tensor on disk. transposed: kinds whose
+    matrices lie (in, out) on disk.
     """
 
     name: str
