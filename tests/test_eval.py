@@ -34,6 +34,7 @@ from bitnest.eval.evaluate import evaluate
 from bitnest.eval.logits import Full, Head, Streamed
 from bitnest.eval.render import table
 from bitnest.eval.report import EvalReport
+from bitnest.eval.size import count_parameters
 from bitnest.packed.loading import load_tokenizer
 
 VOCAB = 307  # prime: no slice width divides it
@@ -398,6 +399,23 @@ def test_sizes_count_files_and_parameters_of_the_base(
     assert row.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert row.nbytes == (model / "model.safetensors").stat().st_size
     assert row.bits_per_weight == 8 * row.nbytes / row.parameters
+
+
+def test_shared_matrix_stored_twice_is_counted_once(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base = pairs["llama"][0]
+    for file in base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    once = sum(t.numel() for name, t in tensors.items() if name != "lm_head.weight")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for tied, expected in ((True, once), (False, once + tensors["lm_head.weight"].numel())):
+        config["tie_word_embeddings"] = tied
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert count_parameters(tmp_path) == expected
 
 
 def test_report_is_json_and_its_table_fits_a_hundred_columns(

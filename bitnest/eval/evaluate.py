@@ -64,7 +64,8 @@ def evaluate(
 
     models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. window,
     windows: tokens in a window, windows per text. batch_size: windows per forward pass (packed
-    models decode their weights once per pass). dtype: compute type. The base is the first row.
+    models decode their weights once per pass). dtype: compute type. device: None means CUDA where
+    there is one, as when compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -73,6 +74,7 @@ def evaluate(
         CheckpointError, ArtifactError: a model that cannot be opened.
     """
     _check_options(models, window, windows, batch_size, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = [model for model in (against, *models) if model is not None]
     paths = [resolve_model(model) for model in given]
     names = _names(given, paths)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.safetensors_io import read_header
@@ -21,14 +22,26 @@ def weight_bytes(path: Path) -> int:
 
 
 def count_parameters(path: Path) -> int | None:
-    """Weights of the checkpoint in `path`, or of the one its artifact was made from."""
+    """Weights of the checkpoint in `path`, or of the one its artifact was made from.
+
+    A matrix shared by embedding and head counts once. None: quantised by another tool.
+    """
     if is_artifact(path):
         return int(Artifact.open(path).manifest["source"]["parameters"])
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         return None  # the shapes of packed tensors are not those of the weights
-    shapes = [info.shape for file in _weight_files(path) for info in read_header(file).values()]
-    return sum(math.prod(shape) for shape in shapes)
+    shapes = {
+        name: info.shape for file in _weight_files(path) for name, info in read_header(file).items()
+    }
+    if _tied(config) and any(name.endswith("embed_tokens.weight") for name in shapes):
+        shapes.pop("lm_head.weight", None)  # some tools store the shared matrix a second time
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _tied(config: dict[str, Any]) -> bool:
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
 def _weight_files(path: Path) -> list[Path]:
