@@ -126,7 +126,9 @@ class Stream:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
 
-    def _record(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[_Call]]:
+    def _record(
+        self, tokens: torch.Tensor, *, retry: bool = False
+    ) -> tuple[torch.Tensor, list[_Call]]:
         """Run the model with recorders for blocks: first block's input, every block's arguments."""
         blocks = self.skeleton.blocks
         first: list[torch.Tensor] = []
@@ -137,7 +139,7 @@ class Stream:
                 states, rest = _split_hidden(args, kwargs)
                 if index == 0:
                     first.append(states.detach())
-                elif states.shape != first[0].shape:
+                elif states.shape != first[0].shape and not self._tuple_output:
                     raise _WantsTuple
                 calls.append(_Call(rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
                 if index == len(blocks) - 1:
@@ -155,14 +157,21 @@ class Stream:
             pass
         except _WantsTuple:
             self._tuple_output = True
-            return self._record(tokens)
         finally:
             for block in blocks:
                 del block.forward
+        if self._tuple_output and len(calls) != len(blocks) and not retry:
+            return self._record(tokens, retry=True)
         if len(calls) != len(blocks):
             raise UnsupportedModel(
                 f"the model called {len(calls)} of its {len(blocks)} blocks",
                 where=type(self.skeleton.model).__name__,
+            )
+        if first[0].dim() != 3:
+            raise UnsupportedModel(
+                f"hidden states of shape {tuple(first[0].shape)} between blocks",
+                where=type(self.skeleton.model).__name__,
+                hint="only (batch, length, width) can be streamed block by block; use --method rtn",
             )
         return first[0], calls
 
