@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitnest.api import CompressResult
 from bitnest.errors import BitnestError
+
+if TYPE_CHECKING:
+    from bitnest.api import CompressResult
 
 
 def print_json(value: Any) -> None:
