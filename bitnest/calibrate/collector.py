@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -47,42 +47,53 @@ class Hessian:
         return self.total / max(self.tokens, 1)
 
 
-@dataclass
 class Routed:
-    """Inputs of one layer's experts: states (tokens, hidden), index and gates (tokens, k)."""
+    """Inputs of one layer's experts, batch by batch, in one growing place.
 
-    states: list[torch.Tensor] = field(default_factory=list)
-    index: list[torch.Tensor] = field(default_factory=list)
-    gates: list[torch.Tensor] = field(default_factory=list)
+    capacity: tokens to expect. scratch: allocates (tokens, hidden) storage for the states, in
+    memory or in a file.
+    """
+
+    def __init__(self, capacity: int, scratch: Callable[[tuple[int, ...]], torch.Tensor]) -> None:
+        self._capacity, self._scratch = capacity, scratch
+        self._states: torch.Tensor | None = None
+        self._index: list[torch.Tensor] = []
+        self._gates: list[torch.Tensor] = []
+        self._filled = 0
+
+    def add(self, states: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """Append states (n, hidden) with their routing (n, k)."""
+        if self._states is None:
+            self._states = self._scratch((self._capacity, states.shape[1]))
+        self._states[self._filled : self._filled + len(states)] = states.detach()
+        self._filled += len(states)
+        self._index.append(index.detach().cpu())
+        self._gates.append(gates.detach().cpu())
 
     def join(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All batches in one: states, index, gates."""
-        joined = tuple(_cat(parts) for parts in (self.states, self.index, self.gates))
-        return joined[0], joined[1], joined[2]
-
-
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    if len(parts) > 1:
-        parts[:] = [torch.cat(parts)]
-    return parts[0]
+        """All batches in one: states (tokens, hidden), index and gates (tokens, k)."""
+        assert self._states is not None, "the experts were never called"
+        return self._states[: self._filled], torch.cat(self._index), torch.cat(self._gates)
 
 
 class Collector:
     """Hooks on one block; use as a context manager around the forward passes.
 
     hessians: module name -> Hessian, one object shared by modules that read the same tensor.
-    routed: experts module name -> Routed.
+    routed: experts module name -> Routed, made by the callable given.
     """
 
     def __init__(
         self,
         linears: Iterable[tuple[str, nn.Module]],
         experts: Iterable[tuple[str, nn.Module]],
+        routed: Callable[[], Routed],
     ) -> None:
         self.hessians: dict[str, Hessian] = {}
         self.routed: dict[str, Routed] = {}
         self._linears = list(linears)
         self._experts = list(experts)
+        self._new_routed = routed
         self._undo: list[Callable[[], None]] = []
         self._first: dict[tuple[int, int, int], tuple[str, torch.Tensor]] | None = {}
         self._leaders: set[str] = set()
@@ -94,7 +105,7 @@ class Collector:
             handle = module.register_forward_pre_hook(self._reader(name))
             self._undo.append(handle.remove)
         for name, module in self._experts:
-            self.routed[name] = Routed()
+            self.routed[name] = self._new_routed()
             module.forward = self._recorder(name, module)
             self._undo.append(lambda module=module: delattr(module, "forward"))
         return self
@@ -139,10 +150,7 @@ class Collector:
         def forward(
             hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
         ) -> torch.Tensor:
-            routed = self.routed[name]
-            routed.states.append(hidden.detach().cpu())
-            routed.index.append(top_k_index.detach().cpu())
-            routed.gates.append(top_k_weights.detach().cpu())
+            self.routed[name].add(hidden, top_k_index, top_k_weights)
             if self._first is None and not self._read_later:
                 return torch.zeros_like(hidden)
             self._read_later |= self._experts_ran
@@ -192,13 +200,3 @@ def expert_tokens(
     elif weighting == "gate2":
         w = w.square()
     return rows, w
-
-
-def weighted_mean(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """sum_t w_t x_t x_t^T / sum_t w_t for x (n, I), w (n,); zeros when no token came."""
-    x = x.float()
-    total = w.sum()
-    if total <= 0:
-        return torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    return (x * (w / total)[:, None]).T @ x
-

@@ -21,7 +21,7 @@ import torch
 from bitnest.errors import UnsupportedModel
 from bitnest.skeleton import Skeleton
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 
 
 class _Done(Exception):
@@ -65,7 +65,6 @@ class Stream:
         samples, length = tokens.shape
         self.batch = max(1, BATCH_TOKENS // length)
         self._calls: dict[int, list[_Call]] = {}
-        self._file: Any = None
         self._limit = memory_limit
         self._tuple_output = False
         self._embed(tokens)
@@ -110,7 +109,7 @@ class Stream:
                 states, calls = self._record(part)
                 self._remember(len(part), calls)
                 if start == 0:
-                    self.hidden = self._allocate((*tokens.shape, states.shape[-1]))
+                    self.hidden = self.allocate((*tokens.shape, states.shape[-1]))
                 self.hidden[start : start + len(part)] = states
         finally:
             hook.remove()
@@ -185,28 +184,22 @@ class Stream:
                     hint="such models cannot be streamed block by block; use --method rtn",
                 )
 
-    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Storage for states: in memory, or above the limit in a file that vanishes with it."""
         count = 1
         for dim in shape:
             count *= dim
         if self._limit is None or count * self.dtype.itemsize <= self._limit:
             return torch.empty(shape, dtype=self.dtype)
-        return self.scratch(shape)
-
-    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of hidden-state type in a temporary file that vanishes with it."""
-        count = 1
-        for dim in shape:
-            count *= dim
         with tempfile.NamedTemporaryFile(prefix="bitnest-hidden-") as file:
             file.truncate(count * self.dtype.itemsize)
             mapped = torch.from_file(file.name, shared=True, size=count, dtype=self.dtype)
             return mapped.view(shape)
 
     @property
-    def spills(self) -> bool:
-        """Whether hidden states are in a file, because they are over the memory limit."""
-        return self._limit is not None and self.hidden.nbytes > self._limit
+    def tokens(self) -> int:
+        """Tokens in all samples."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
 
 
 class _WantsTuple(Exception):

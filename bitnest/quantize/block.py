@@ -27,7 +27,6 @@ from bitnest.calibrate.collector import (
     Routed,
     dense_weights,
     expert_tokens,
-    weighted_mean,
 )
 from bitnest.formats import Format, IntFormat
 from bitnest.kernels.experts import down_input, up_name
@@ -35,6 +34,9 @@ from bitnest.quantize.codecs.integer import IntCodec
 from bitnest.quantize.gptq import Quantized, gptq, rtn
 from bitnest.sites import Site
 
+SLICE = 2048  # tokens sent through one expert at a time
+LAYER_SAMPLE = 256  # tokens that stand for a layer's inputs, at least
+TINY = 1e-30
 
 @dataclass(frozen=True)
 class Options:
@@ -130,7 +132,6 @@ class BlockSolver:
                 for item in self._expert_batch(columns, hessians, inputs):
                     assert item.site.expert is not None
                     solved[item.site.expert].append(item)
-            inputs.forget()
             for expert in part:
                 yield from solved[expert]
 
@@ -228,47 +229,48 @@ class _ExpertInputs:
         self.module, self.options, self.device = module, options, device
         self.weights = dense_weights(module)
         self._counts = torch.bincount(index.flatten(), minlength=module.num_experts).tolist()
-        self._tokens: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sample: torch.Tensor | None = None
-        self._sample_mean: torch.Tensor | None = None
 
     def count(self, expert: int) -> int:
         """Tokens routed to the expert."""
         return int(self._counts[expert])
 
-    def forget(self) -> None:
-        """Free what was kept for the current chunk."""
-        self._tokens.clear()
-
     def hessian(self, expert: int, param: str) -> torch.Tensor:
         """H of one projection of one expert, (I, I); down's input uses the current gate and up."""
         down = param == "down_proj"
-        x, w = self._routed(expert)
-        own = weighted_mean(self._inner(expert, x) if down else x, w)
+        rows, w = expert_tokens(self.index, self.gates, expert, self.options.weighting)
+        own = self._second_moment(expert, rows, w, down)
         minimum = self.options.min_tokens or own.shape[0]
         lean = 1.0 - self.count(expert) / minimum
         if lean <= 0:
             return own
-        return own.mul_(1 - lean).add_(self._layer_mean(expert, minimum, down), alpha=lean)
+        return own.mul_(1 - lean).add_(self._layer_moment(expert, minimum, down), alpha=lean)
 
-    def _layer_mean(self, expert: int, minimum: int, down: bool) -> torch.Tensor:
+    def _layer_moment(self, expert: int, minimum: int, down: bool) -> torch.Tensor:
+        """H_all: over an even sample of the layer's tokens, routed to this expert or not."""
+        count = min(len(self.states), max(minimum, LAYER_SAMPLE))
+        rows = torch.linspace(0, len(self.states) - 1, count, dtype=torch.float64).long()
+        if down:
+            return self._second_moment(expert, rows, torch.ones(count), down)
         if self._sample is None:
-            count = min(len(self.states), max(minimum, 256))
-            rows = torch.linspace(0, len(self.states) - 1, count).long()
-            self._sample = self.states[rows].to(self.device)
-            self._sample_mean = weighted_mean(self._sample, torch.ones(count, device=self.device))
-        if not down:
-            assert self._sample_mean is not None
-            return self._sample_mean
-        inner = self._inner(expert, self._sample)
-        return weighted_mean(inner, torch.ones(len(inner), device=self.device))
+            self._sample = self._second_moment(expert, rows, torch.ones(count), down)
+        return self._sample
 
-    def _inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        up = self.weights(expert, up_name(self.module))
-        return down_input(self.module, up, expert, x)
-
-    def _routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if expert not in self._tokens:
-            rows, w = expert_tokens(self.index, self.gates, expert, self.options.weighting)
-            self._tokens[expert] = (self.states[rows].to(self.device), w.to(self.device))
-        return self._tokens[expert]
+    def _second_moment(
+        self, expert: int, rows: torch.Tensor, w: torch.Tensor, down: bool
+    ) -> torch.Tensor:
+        """sum_t w_t x_t x_t^T / sum_t w_t over the tokens `rows`, a slice at a time, (I, I)."""
+        total: torch.Tensor | None = None
+        weights = (w / w.sum().clamp_min(TINY)).to(self.device)
+        for start in range(0, max(len(rows), 1), SLICE):
+            part = slice(start, start + SLICE)
+            x = self.states[rows[part]].to(self.device)
+            if down:
+                up = self.weights(expert, up_name(self.module))
+                x = down_input(self.module, up, expert, x)
+            x = x.float()
+            if total is None:
+                total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+            total.addmm_((x * weights[part, None]).T, x)
+        assert total is not None
+        return total

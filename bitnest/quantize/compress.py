@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from bitnest.artifact import (
     site_tensors,
     storage_error,
 )
-from bitnest.calibrate.collector import Collector, reference_experts
+from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
@@ -210,6 +211,7 @@ class _Run:
         collector = Collector(
             [(s.module, modules[s.module]) for s in linears],
             [(name, modules[name]) for name in sorted(fused)],
+            partial(Routed, self.stream.tokens, self.stream.allocate),
         )
         with collector:
             self.stream.run(layer, keep=False, after_batch=collector.after_batch)

@@ -30,6 +30,7 @@ import torch
 from bitnest.quantize.codecs.integer import Grid, IntCodec
 
 BLOCK = 128  # columns whose compensation of the rest is applied in one product
+SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
 STEP = 32  # columns compensated one by one; the block's rest follows once per step
 
 
@@ -83,23 +84,47 @@ def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None =
     weight: (B, O, I) float32. importance: (B, I) weights of the clipping search, or None. The
     error is the sum of squared weight differences per row, importance-weighted if given.
     """
-    w = weight.transpose(1, 2)
-    g = codec.fmt.group_size(w.shape[1])
-    codes = torch.empty_like(w)
-    grids = []
-    for start in range(0, w.shape[1], g):
-        part = slice(start, start + g)
-        h = None if importance is None else importance[:, part, None]
-        grid = codec.fit(w[:, part], h)
-        codes[:, part] = codec.codes(w[:, part], grid)
-        grids.append(grid)
-    scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2)
-    zeros = torch.stack([grid.zero.squeeze(1) for grid in grids], dim=2)
-    codes = codes.transpose(1, 2).contiguous()
+    batch, rows, width = weight.shape
+    g = codec.fmt.group_size(width)
+    whole = width // g * g
+    parts = []
+    if whole:
+        parts.append(_round_groups(weight[..., :whole], importance, 0, g, codec))
+    if whole < width:
+        parts.append(_round_groups(weight[..., whole:], importance, whole, width - whole, codec))
+    codes, scales, zeros = (torch.cat(items, dim=2) for items in zip(*parts, strict=True))
     decoded = _decode(codes, scales, zeros, g)
     miss = (weight - decoded).square_()
     error = miss.sum(2) if importance is None else (miss @ importance[:, :, None]).squeeze(2)
     return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+
+
+def _round_groups(
+    weight: torch.Tensor, importance: torch.Tensor | None, first: int, g: int, codec: IntCodec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (B, O, n*g), scales and zeros (B, O, n) of n groups of g columns.
+
+    Groups are fitted a cache-sized slice at a time. first: weight's first column in the matrix.
+    """
+    batch, rows, width = weight.shape
+    n = width // g
+    groups = weight.reshape(batch, rows * n, g)
+    h = None
+    if importance is not None:
+        part = importance[:, first : first + width].view(batch, 1, n, g)
+        h = part.expand(-1, rows, -1, -1).reshape(batch, rows * n, g)
+    codes = torch.empty_like(groups)
+    scales, zeros = codes.new_empty(batch, rows * n), codes.new_empty(batch, rows * n)
+    step = max(1, SLICE // g)
+    for b in range(batch):
+        for start in range(0, rows * n, step):
+            part = slice(start, start + step)
+            w = groups[b, part].T.contiguous()
+            grid = codec.fit(w, None if h is None else h[b, part].T)
+            codes[b, part] = codec.codes(w, grid).T
+            scales[b, part], zeros[b, part] = grid.scale[0], grid.zero[0]
+    shape = (batch, rows, n)
+    return codes.view(batch, rows, width), scales.view(shape), zeros.view(shape)
 
 
 def column_order(diagonal: torch.Tensor, g: int) -> torch.Tensor:

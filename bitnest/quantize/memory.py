@@ -16,17 +16,15 @@ from bitnest.skeleton import Skeleton
 
 WORKING_COPIES = 6  # arrays of a matrix's or Hessian's size alive at once in the GPTQ sweep
 FLOAT = 4
+WORK = 48 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
 
 
 @dataclass(frozen=True)
 class Budget:
-    """hidden: bytes of hidden states kept in memory. work: bytes for one chunk of experts.
-
-    None: no bound was asked for.
-    """
+    """hidden: bytes of hidden states kept in memory, None for all. work: bytes for one chunk of experts."""
 
     hidden: int | None
-    work: int | None
+    work: int
 
     @classmethod
     def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
@@ -36,7 +34,7 @@ class Budget:
             RecipeError: one block alone is larger than that.
         """
         if memory is None:
-            return cls(None, None)
+            return cls(None, WORK)
         block = max(sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks)
         largest = max(p.numel() for b in skeleton.blocks for p in b.parameters())
         matrix = max(_matrix_bytes([site]) for site in sites)
@@ -48,15 +46,13 @@ class Budget:
                 f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
                 hint=f"--memory {(fixed + 2 * matrix) / 2**30:.1f}GiB or more",
             )
-        return cls(rest // 8, rest // 2)
+        return cls(rest // 8, min(WORK, rest // 2))
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
         """How many experts of a layer are solved at once."""
         experts: dict[int | None, list[Site]] = {}
         for site in sites:
             experts.setdefault(site.expert, []).append(site)
-        if self.work is None:
-            return len(experts)
         largest = max(_matrix_bytes(group) for group in experts.values())
         return max(1, min(len(experts), self.work // largest))
 

@@ -59,6 +59,10 @@ class IntCodec:
         """Largest code."""
         return (1 << self.fmt.bits) - 1
 
+    @property
+    def _lowest(self) -> int:
+        return 1 if self.fmt.symmetric and self.fmt.bits > SIGNED_UP_TO else 0
+
     def fit(self, w: torch.Tensor, h: torch.Tensor | None = None) -> Grid:
         """The grid of least weighted error for one group.
 
@@ -84,8 +88,7 @@ class IntCodec:
 
     def codes(self, w: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Codes of w on the grid, float32 integers in [lowest, top]."""
-        lowest = 1 if self.fmt.symmetric and self.fmt.bits > SIGNED_UP_TO else 0
-        return (w / grid.scale).round_().add_(grid.zero).clamp_(lowest, self.top)
+        return (w / grid.scale).round_().add_(grid.zero).clamp_(self._lowest, self.top)
 
     @staticmethod
     def values(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -133,7 +136,9 @@ class IntCodec:
         return Grid(self._stored(scale), grid.zero)
 
     def _error(self, w: torch.Tensor, h: torch.Tensor, grid: Grid) -> torch.Tensor:
-        miss = self.values(self.codes(w, grid), grid).sub_(w)
+        """Weighted squared error; the clamp is moved by the zero point, which saves two passes."""
+        lowest, top = self._lowest - grid.zero, self.top - grid.zero
+        miss = (w / grid.scale).round_().clamp_(lowest, top).mul_(grid.scale).sub_(w)
         return miss.square_().mul_(h).sum(-2, keepdim=True)
 
     def _keep_better(
