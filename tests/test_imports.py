@@ -104,6 +104,7 @@ def test_demo_needs_nothing_of_the_package_to_say_where_it_lies() -> None:
 def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
         "import sys\n"
+        "sys.argv[0] = 'bitnest'\n"
         "from bitnest.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

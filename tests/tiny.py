@@ -117,6 +117,22 @@ FAMILIES: dict[str, Family] = {
             transposed=("attention", "mlp"),
         ),
         _family(
+            "gptj",
+            "GPTJConfig",
+            {"attention": 8, "mlp": 4},
+            base={},
+            options={
+                "n_embd": 64,
+                "n_layer": 2,
+                "n_head": 4,
+                "rotary_dim": 16,
+                "vocab_size": VOCAB,
+                "n_positions": CONTEXT,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            },
+        ),
+        _family(
             "mixtral",
             "MixtralConfig",
             {"attention": 8, "expert": _EXPERTS},

@@ -45,6 +45,11 @@ class PackedWeight(nn.Module):
             setattr(self, name, tensors[name].to(device))
 
     @property
+    def loaded(self) -> bool:
+        """Whether the stored tensors are here."""
+        return getattr(self, self.parts[0]) is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return sum(getattr(self, name).nbytes for name in self.parts)
@@ -54,7 +59,8 @@ class PackedWeight(nn.Module):
         if isinstance(self.fmt, IntFormat):
             tensors = {name: getattr(self, name) for name in self.parts}
             return decode_int(tensors, self.fmt, self.shape, dtype)
-        dense: torch.Tensor = self.weight
+        dense = self.weight
+        assert isinstance(dense, torch.Tensor)
         return dense.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
@@ -70,6 +76,11 @@ class PackedWeight(nn.Module):
         return f"{self.fmt.name}, shape={self.shape}"
 
 
+def _mark_initialised(item: Any) -> None:
+    """Tell transformers' loader that this module or tensor gets its values from elsewhere."""
+    item._is_hf_initialized = True
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b with W packed. in_features, out_features and bias as in nn.Linear."""
 
@@ -77,11 +88,22 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.packed = packed
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+        _mark_initialised(self)
+        _mark_initialised(packed)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded matrix, for code that looks at a layer's weight; in float32."""
+        """The decoded matrix, for code that looks at a layer's weight; in float32.
+
+        Before the packed files are read it has no values, and says so to transformers' loader,
+        which would initialise a parent's linear layers otherwise.
+        """
+        if not self.packed.loaded:
+            empty = torch.empty(self.packed.shape, device="meta")
+            _mark_initialised(empty)
+            return empty
         return self.packed.decode(torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +142,6 @@ def pack_linear(parent: nn.Module, leaf: str, fmt: Format, site: Site) -> Packed
     old = getattr(parent, leaf)
     packed = PackedWeight(fmt, site.shape)
     setattr(parent, leaf, PackedLinear(packed, old.bias))
-    parent._is_hf_initialized = True  # type: ignore[assignment]  # nothing here to initialise
     return packed
 
 
@@ -136,7 +157,7 @@ def pack_experts(module: Any, sites: list[tuple[Site, Format]]) -> list[PackedWe
         delattr(module, param)
     module.packed = nn.ModuleList(weights)
     module.packed_sites = table
-    module._is_hf_initialized = True  # its weights come from the packed files
+    _mark_initialised(module)
     cls = type(module)
     module.__class__ = type(f"Packed{cls.__name__}", (_PackedExperts, cls), {})
     return weights
