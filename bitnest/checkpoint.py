@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from bitnest.errors import CheckpointError
-from bitnest.safetensors_io import CHUNK, DTYPES, TensorInfo, read_header, read_range, read_tensor
+from bitnest.safetensors_io import (
+    CHUNK,
+    DTYPES,
+    TensorInfo,
+    byte_view,
+    read_header,
+    read_range,
+    read_tensor,
+)
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INTEGERS = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
@@ -95,7 +103,7 @@ class Checkpoint:
             for start in range(info.start, info.stop, CHUNK):
                 part = buffer[: min(CHUNK, info.stop - start)]
                 read_range(info.file, start, part)
-                digest.update(memoryview(part.numpy()))
+                digest.update(byte_view(part))
                 if info.dtype in FLOATS and not _all_finite(part.view(DTYPES[info.dtype])):
                     raise CheckpointError(
                         f"tensor '{name}' holds NaN or infinite values",

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -144,7 +145,7 @@ def read_range(file: Path, start: int, buffer: torch.Tensor) -> None:
     Raises:
         CheckpointError: the file ended early.
     """
-    view = memoryview(buffer.numpy())
+    view = byte_view(buffer)
     with file.open("rb", buffering=0) as stream:
         stream.seek(start)
         done = 0
@@ -153,6 +154,12 @@ def read_range(file: Path, start: int, buffer: torch.Tensor) -> None:
             if not count:
                 raise CheckpointError("the file ended early", where=str(file), hint=_REFETCH)
             done += count
+
+
+def byte_view(buffer: torch.Tensor) -> memoryview:
+    """The bytes of a one-dimensional uint8 tensor, not copied."""
+    array: Any = buffer.numpy()
+    return memoryview(array)
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,6 @@ def _file_bytes(header: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]
     for item in entries:
         tensor = item.values().detach().cpu().contiguous()
         assert tensor.dtype == item.dtype and tuple(tensor.shape) == item.shape, item.name
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        data = byte_view(tensor.view(-1).view(torch.uint8))
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]

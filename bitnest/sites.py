@@ -102,8 +102,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def _linear_site(skeleton: Skeleton, name: str, module: nn.Module, layer: int) -> list[Site]:
     transposed = not isinstance(module, nn.Linear)
-    stored = module.weight.shape
-    shape = (stored[1], stored[0]) if transposed else (stored[0], stored[1])
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    shape = (columns, rows) if transposed else (rows, columns)
     source = skeleton.sources[f"{name}.weight"]
     key = source.names[0] if source.converter is None else f"{name}.weight"
     expert = re.search(r"\.experts\.(\d+)\.", name)

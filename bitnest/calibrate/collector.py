@@ -107,7 +107,7 @@ class Collector:
         for name, module in self._experts:
             self.routed[name] = self._new_routed()
             module.forward = self._recorder(name, module)
-            self._undo.append(lambda module=module: delattr(module, "forward"))
+            self._undo.append(partial(delattr, module, "forward"))
         return self
 
     def __exit__(
