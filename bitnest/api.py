@@ -131,6 +131,7 @@ def compress(
     if method != "rtn":
         _check_length(job.skeleton.model.config, length)
         job = with_calibration(job, _calibration(tokenizer, data, samples, length, seed))
+    del tokenizer  # tens of megabytes that the run does not need
     artifact, seconds = run(job, Path(out), fresh=fresh, progress=progress)
     return summarise(artifact, seconds)
 

@@ -41,7 +41,7 @@ from bitnest.errors import ArtifactError
 from bitnest.formats import Format, IntFormat, parse_format
 from bitnest.kernels.dequantize import decode_int
 from bitnest.quantize.block import BlockSolver, Options, Solved
-from bitnest.quantize.memory import Budget
+from bitnest.quantize.memory import Budget, release
 from bitnest.recipe import Recipe
 from bitnest.safetensors_io import Entry, entry, read_header
 from bitnest.sites import Site, find_sites, is_experts
@@ -194,7 +194,9 @@ class _Run:
                 self.progress.step(note=f"block {layer} resumed")
                 continue
             self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
+            release()
             self._store(layer, list(self._solve(layer, prefix)))
+            release()
             if self.stream is not None and layer + 1 < count:
                 self._propagate(layer)
             self.skeleton.drop(prefix)
@@ -215,6 +217,7 @@ class _Run:
         )
         with collector:
             self.stream.run(layer, keep=False, after_batch=collector.after_batch)
+        release()
         yield from self.solver.linears(linears, collector)
         collector.hessians.clear()
         for name in sorted(fused):

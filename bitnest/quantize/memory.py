@@ -7,6 +7,8 @@ goes to a file) and half of the rest the Hessians and working copies of one chun
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from bitnest.skeleton import Skeleton
 
 WORKING_COPIES = 6  # arrays of a matrix's or Hessian's size alive at once in the GPTQ sweep
 FLOAT = 4
-WORK = 48 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
+WORK = 32 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,15 @@ def resident_bytes() -> int:
     """Memory this process holds now."""
     with open("/proc/self/statm", encoding="ascii") as stream:
         return int(stream.read().split()[1]) * 4096
+
+
+def release() -> None:
+    """Give freed memory back to the system, where the C library offers it (glibc).
+
+    Blocks come and go by the hundred megabytes; without this the process keeps the largest mix it
+    ever held.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
