@@ -36,7 +36,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 20  # characters tokenised at once
+PIECE = 1 << 17  # characters tokenised at once
 MAX_TOKENS = 50_000_000  # tokens of one source that are looked at
 
 

@@ -8,7 +8,6 @@ goes to a file) and half of the rest the Hessians and working copies of one chun
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +76,6 @@ def release() -> None:
     Blocks come and go by the hundred megabytes; without this the process keeps the largest mix it
     ever held.
     """
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
