@@ -8,8 +8,9 @@
 
 It is written into `.<name>.partial/artifact` beside its final place, block by block; each file
 appears under its name only when whole, and a block counts as done once its record does. The
-directory is renamed at the very end, so a directory of the final name is complete. Nothing in it depends on time or
-place: the same inputs give the same bytes, also after a resume. Layout: docs/format.md.
+directory is renamed at the very end, so a directory of the final name is complete. Nothing in it
+depends on time or place: the same inputs give the same bytes, also after a resume. Layout:
+docs/format.md.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _check_types(path: Path, config: dict[str, Any], tensors: dict[str, TensorIn
         raise CheckpointError(
             "this is already a bitnest artifact",
             where=str(path),
-            hint="compress the original checkpoint instead; eval and serve open artifacts as they are",
+            hint="compress the original checkpoint; eval and serve open artifacts as they are",
         )
     if method is not None:
         raise CheckpointError(

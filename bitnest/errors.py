@@ -45,7 +45,7 @@ class FormatError(BitnestError):
 
 
 class RecipeError(BitnestError):
-    """A contradiction in what was asked: rules that match nothing, options that exclude each other."""
+    """A contradiction in what was asked: a rule that matches nothing, options at odds."""
 
 
 class DataError(BitnestError):

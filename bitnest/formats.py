@@ -54,7 +54,8 @@ class IntFormat:
             MIN_GROUP <= self.group <= MAX_GROUP and self.group % 16 == 0
         ):
             raise FormatError(
-                f"a group has {MIN_GROUP} to {MAX_GROUP} input channels, in steps of 16, not {self.group}",
+                f"a group has {MIN_GROUP} to {MAX_GROUP} input channels, in steps of 16, "
+                f"not {self.group}",
                 hint="for example int4-g128, int4-g32 or int8-channel",
             )
 

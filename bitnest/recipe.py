@@ -1,9 +1,9 @@
 """A recipe: what was asked for, before any weight is looked at.
 
-Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites no
-rule matches get the default format. A pattern is a shell glob over the site's whole name
-(`*.mlp.experts.*.down_proj`) or, after `re:`, a regular expression that must match somewhere in it;
-a site's kind can be named as `kind:attention`. Routers stay dense unless a rule names them.
+Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites
+no rule matches get the default format. A pattern is a shell glob over the site's whole name
+(`*.mlp.experts.*.down_proj`) or, after `re:`, a regular expression that must match somewhere in
+it; a site's kind can be named as `kind:attention`. Routers stay dense unless a rule names them.
 """
 
 from __future__ import annotations

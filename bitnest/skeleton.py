@@ -225,7 +225,7 @@ def _map_sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Source],
 
 
 def _siblings(name: str, source: Source, state: dict[str, Any]) -> list[str]:
-    """Further parameters that a one-to-many conversion fills (a fused tensor split into several)."""
+    """Further parameters that a one-to-many conversion fills (one tensor split into several)."""
     targets = source.converter.target_patterns if source.converter is not None else []
     if len(targets) < 2 or targets[0] not in name:
         return []

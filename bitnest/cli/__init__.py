@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Compress large language models, Mixture-of-Experts first, prove what was lost, serve them.",
+    help="Compress large language models, Mixture-of-Experts first; prove what was lost; serve.",
 )
 app.command("compress")(compress.command)
 app.command("eval")(eval.command)

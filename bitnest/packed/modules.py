@@ -1,8 +1,8 @@
 """Packed modules: linears and experts whose weights stay packed in memory and decode as they run.
 
 `PackedWeight` holds one site's stored tensors. `PackedLinear` replaces a linear layer. An experts
-module keeps its class's gating, activation and biases: `pack_experts` takes its 3-D weights away and
-gives it packed ones, decoded one expert at a time. The arithmetic is the plain reference path:
+module keeps its class's gating, activation and biases: `pack_experts` takes its 3-D weights away
+and gives it packed ones, decoded one expert at a time. The arithmetic is the plain reference path:
 decode, then a dense product in the input's type.
 
 Packed tensors are buffers outside the state dict: they are read from the artifact's packed files,

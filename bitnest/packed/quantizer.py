@@ -1,7 +1,8 @@
 """How transformers opens an artifact: `AutoModelForCausalLM.from_pretrained(ARTIFACT)`.
 
-Before weights are loaded, every packed site's module is replaced by an empty packed one; transformers
-then loads the dense tensors; afterwards the packed files are read, one tensor at a time.
+Before weights are loaded, every packed site's module is replaced by an empty packed one;
+transformers then loads the dense tensors; afterwards the packed files are read, one tensor at a
+time.
 
 Importing bitnest registers the quantizer without importing transformers: if transformers is loaded
 later, a hook on its quantizer registry does it then.
@@ -61,7 +62,7 @@ class BitnestQuantizer(HfQuantizer):
             device = _device_of(model, record.site.module)
             weight.load(site_tensors(record, headers), device)
         for name, parameter in model.named_parameters():
-            # transformers before 5.20 leaves renamed tensors of a quantised model in their disk type
+            # transformers before 5.20 leaves renamed tensors of quantised models in the disk type
             if parameter.dtype != self.dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self.dtypes[name])
         del self.weights, self.dtypes
@@ -105,7 +106,7 @@ def _replace_modules(model: Any, artifact: Artifact) -> list[tuple[SiteRecord, P
 def _device_of(model: Any, module: str) -> torch.device:
     placement: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     for prefix in sorted(placement, key=len, reverse=True):
-        if prefix == "" or module == prefix or module.startswith(prefix + "."):
+        if prefix in {"", module} or module.startswith(prefix + "."):
             return torch.device(placement[prefix])
     device: torch.device = model.device
     return device
