@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ class Writer:
         self.work = self.partial / "artifact"
         self.state = self.partial / "state"
         self._lock: Any = None
+        self._created: list[Path] = []  # directories this run made, the innermost first
 
     def begin(self, *, fresh: bool) -> int:
         """Create or reopen the partial directory; returns the number of finished blocks.
@@ -188,11 +190,12 @@ class Writer:
         Raises:
             ArtifactError: something else is in the way, or the partial run had other inputs.
         """
-        if fresh and self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.state.mkdir(exist_ok=True)
         self._take_lock()
+        if fresh:
+            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self.state, ignore_errors=True)
+        self.work.mkdir(exist_ok=True)
+        self.state.mkdir(exist_ok=True)
         inputs = self.state / "inputs.json"
         if inputs.exists():
             self._check_same(json.loads(inputs.read_text(encoding="utf-8")))
@@ -204,15 +207,31 @@ class Writer:
         return done
 
     def _take_lock(self) -> None:
-        self._lock = (self.partial / "lock").open("w")
+        self._created = [p for p in (self.partial, *self.partial.parents) if not p.exists()]
+        self.partial.mkdir(parents=True, exist_ok=True)
+        lock = (self.partial / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.close()
             raise ArtifactError(
                 "another process is writing this artifact",
                 where=str(self.out),
                 hint="wait for it, or choose another -o",
             ) from error
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let go of the lock; remove what this run put down if none of it is worth resuming."""
+        if self._lock is None:
+            return
+        if self.partial in self._created and not any(self.state.glob("block-*.json")):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for directory in self._created:
+                with suppress(OSError):  # gone already, or no longer empty
+                    directory.rmdir()
+        self._lock.close()
+        self._lock = None
 
     def _check_same(self, previous: dict[str, Any]) -> None:
         changed = [

@@ -16,6 +16,8 @@ from bitnest.cli import compress, eval, export, inspect, serve
 from bitnest.cli.render import print_error
 from bitnest.errors import BitnestError
 
+INTERRUPTED = 130  # typer turns KeyboardInterrupt into an exit of this status
+
 app = typer.Typer(
     name="bitnest",
     no_args_is_help=True,
@@ -47,9 +49,11 @@ def main() -> None:
     except BitnestError as error:
         print_error(error)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
         sys.stderr.write("\ninterrupted; the same command resumes an unfinished compression\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

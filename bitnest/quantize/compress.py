@@ -134,7 +134,6 @@ def run(
     if done is not None:
         return done, time.monotonic() - started
     writer = Writer(out, fingerprint, len(job.skeleton.blocks))
-    new = not writer.partial.exists()
     _check_space(job, out)
     try:
         finished = writer.begin(fresh=fresh)
@@ -146,9 +145,9 @@ def run(
         )
         progress.step()
     except OSError as error:
-        if new and not any(writer.state.glob("block-*")):
-            shutil.rmtree(writer.partial, ignore_errors=True)  # nothing in it worth resuming
         raise storage_error(error, out) from error
+    finally:
+        writer.close()
     return artifact, time.monotonic() - started
 
 
