@@ -96,6 +96,7 @@ def compress(
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
+    compute: str = "auto",
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -105,7 +106,8 @@ def compress(
     bits, group or format: the default format (4 bits in groups of 128). rules: PATTERN=FORMAT,
     later ones win. data: calibration texts, `label=source`; none means the embedded text. samples,
     length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see
-    `Recipe`. memory: bytes the process may use. fresh: forget an unfinished run instead of
+    `Recipe`. memory: bytes the process may use. compute: type samples are calibrated in, see
+    `quantize.compress.prepare`. fresh: forget an unfinished run instead of
     resuming it.
 
     Raises:
@@ -125,7 +127,12 @@ def compress(
     )
     checkpoint = Checkpoint.open(model)
     job = prepare(
-        checkpoint, recipe, trust_remote_code=trust_remote_code, device=device, memory=memory
+        checkpoint,
+        recipe,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        memory=memory,
+        compute=compute,
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     if method != "rtn":

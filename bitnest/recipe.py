@@ -117,7 +117,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and the fingerprint."""
-        return asdict(self)
+        return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 
 
 def default_format(bits: int | None, fmt: str | None, group: int | None) -> str:

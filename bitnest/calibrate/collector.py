@@ -38,13 +38,30 @@ class Hessian:
 
     def add(self, x: torch.Tensor) -> None:
         """Add rows x (tokens, I)."""
-        x = x.float()
-        self.total.addmm_(x.T, x)
+        add_moment(self.total, x.float())
         self.tokens += len(x)
 
     def mean(self) -> torch.Tensor:
         """H, averaged over tokens."""
-        return self.total / max(self.tokens, 1)
+        return symmetric(self.total) / max(self.tokens, 1)
+
+
+def add_moment(total: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """total += x^T diag(weights) x, leaving out the lower left quarter, which `symmetric` fills.
+
+    total: (I, I). x: (n, I), of one type with total. weights: (n,).
+    """
+    half = x.shape[1] // 2
+    left = x if weights is None else x * weights[:, None]
+    total[:half].addmm_(left[:, :half].T, x)
+    total[half:, half:].addmm_(left[:, half:].T, x[:, half:])
+
+
+def symmetric(total: torch.Tensor) -> torch.Tensor:
+    """The whole of a matrix summed by `add_moment`, in place."""
+    half = total.shape[0] // 2
+    total[half:, :half] = total[:half, half:].T
+    return total
 
 
 class Routed:

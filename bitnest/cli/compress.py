@@ -38,6 +38,9 @@ def command(
     seed: int = typer.Option(0, "--seed", help="Choice of calibration windows."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
+    compute: str = typer.Option(
+        "auto", "--compute", help="Calibrate in float32 or bfloat16. [float32 on a CPU]"
+    ),
     fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
     trust_remote_code: bool = Remote,
     json: bool = Json,
@@ -75,6 +78,7 @@ def command(
             seed=seed,
             memory=parse_size(memory),
             device=device,
+            compute=compute,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
             progress=bars,

@@ -25,8 +25,10 @@ import torch
 from bitnest.calibrate.collector import (
     Collector,
     Routed,
+    add_moment,
     dense_weights,
     expert_tokens,
+    symmetric,
 )
 from bitnest.formats import Format, IntFormat
 from bitnest.kernels.experts import down_input, up_name
@@ -37,6 +39,7 @@ from bitnest.sites import Site
 SLICE = 2048  # tokens sent through one expert at a time
 LAYER_SAMPLE = 256  # tokens that stand for a layer's inputs, at least
 TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Options:
@@ -271,6 +274,6 @@ class _ExpertInputs:
             x = x.float()
             if total is None:
                 total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
-            total.addmm_((x * weights[part, None]).T, x)
+            add_moment(total, x, weights[part])
         assert total is not None
-        return total
+        return symmetric(total)

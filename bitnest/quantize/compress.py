@@ -37,7 +37,7 @@ from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
-from bitnest.errors import ArtifactError
+from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import Format, IntFormat, parse_format
 from bitnest.kernels.dequantize import decode_int
 from bitnest.quantize.block import BlockSolver, Options, Solved
@@ -75,6 +75,8 @@ class Job:
     """All inputs of one run, checked.
 
     calibration: tokens to calibrate on, None for rtn. memory: bytes the process may use, or None.
+    compute: type of the block's weights and hidden states while samples pass through it; Hessians
+    and the solver are float32 always.
     """
 
     checkpoint: Checkpoint
@@ -85,6 +87,7 @@ class Job:
     calibration: CalibrationSet | None
     device: torch.device
     memory: int | None
+    compute: torch.dtype = torch.float32
 
     @property
     def itemsize(self) -> int:
@@ -103,8 +106,12 @@ def prepare(
     trust_remote_code: bool = False,
     device: str | None = None,
     memory: int | None = None,
+    compute: str = "auto",
 ) -> Job:
     """Build the skeleton, find the sites and give each its format; nothing is read or written yet.
+
+    compute: float32, bfloat16, or auto: bfloat16 for a bfloat16 checkpoint on a GPU. (On a CPU each
+    expert's token count is a new shape to compile for: no faster, and twice the memory.)
 
     Raises:
         UnsupportedModel, RecipeError, FormatError.
@@ -113,7 +120,23 @@ def prepare(
     sites = find_sites(skeleton)
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Job(checkpoint, skeleton, sites, formats, recipe, None, chosen, memory)
+    dtype = _compute_type(compute, checkpoint, chosen)
+    return Job(checkpoint, skeleton, sites, formats, recipe, None, chosen, memory, dtype)
+
+
+def _compute_type(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if name not in {"auto", "float32", "bfloat16"}:
+        raise RecipeError(f"unknown compute type '{name}'", hint="auto, float32 or bfloat16")
+    fits = checkpoint.dtype == torch.bfloat16
+    if name == "bfloat16" and not fits:
+        raise RecipeError(
+            "calibrating in bfloat16 would round this checkpoint's weights",
+            where=str(checkpoint.path),
+            hint="leave out --compute",
+        )
+    if name == "auto":
+        name = "bfloat16" if fits and device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def run(
@@ -181,7 +204,7 @@ class _Run:
             self.stream = Stream(
                 self.skeleton,
                 self.job.calibration.tokens,
-                dtype=torch.float32,
+                dtype=self.job.compute,
                 device=self.job.device,
                 memory_limit=self.budget.hidden,
             )
@@ -192,7 +215,7 @@ class _Run:
                     self._replay(layer, prefix)
                 self.progress.step(note=f"block {layer} resumed")
                 continue
-            self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
+            self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
             release()
             self._store(layer, list(self._solve(layer, prefix)))
             release()
@@ -243,7 +266,7 @@ class _Run:
         assert self.stream is not None
         if layer + 1 == len(self.skeleton.blocks):
             return
-        self.skeleton.fill(prefix, dtype=torch.float32, device=self.job.device)
+        self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
         records = [r for r in self.writer.block_records(layer) if r.file]
         headers = read_header(self.writer.work / records[0].file) if records else {}
         for record in records:
@@ -336,6 +359,7 @@ def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": job.device.type,
+        "compute": str(job.compute).removeprefix("torch."),
         "threads": torch.get_num_threads() if job.device.type == "cpu" else 0,
         "memory": job.memory,
     }
