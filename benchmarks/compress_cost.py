@@ -2,8 +2,8 @@
 
     python -m benchmarks.compress_cost --model DIR --text FILE [--peer PYTHON] [--runs 3]
 
-Both are given the same 64 x 512 tokens (bitnest's seeded choice from FILE) and run in turn; user CPU
-seconds, wall seconds and peak memory are the operating system's figures for each finished process.
+Both are given the same 64 x 512 tokens (bitnest's seeded choice from FILE) and run in turn; user
+CPU seconds, wall seconds and peak memory are the system's figures for each finished process.
 PYTHON is an interpreter with llm-compressor; without it only bitnest is measured. Without --model
 and --text: the embedded model and text. The last line of stdout is one JSON object.
 """

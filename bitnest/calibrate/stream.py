@@ -62,8 +62,7 @@ class Stream:
         self.skeleton = skeleton
         self.device = device
         self.dtype = dtype
-        samples, length = tokens.shape
-        self.batch = max(1, BATCH_TOKENS // length)
+        self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self._calls: dict[int, list[_Call]] = {}
         self._limit = memory_limit
         self._tuple_output = False

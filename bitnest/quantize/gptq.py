@@ -17,8 +17,8 @@ the last column to the first), U = R^-1.
 
 All arrays are batched over B matrices of equal shape, experts for instance, and laid out
 (B, I, O): one column of W for all rows is then contiguous. A column that no token ever excited
-has H_jj = 0; its weights are rounded to nearest instead of being zeroed, as some implementations do,
-because text outside the calibration may excite it.
+has H_jj = 0; its weights are rounded to nearest instead of being zeroed, as some implementations
+do, because text outside the calibration may excite it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None =
     weight: (B, O, I) float32. importance: (B, I) weights of the clipping search, or None. The
     error is the sum of squared weight differences per row, importance-weighted if given.
     """
-    batch, rows, width = weight.shape
+    width = weight.shape[2]
     g = codec.fmt.group_size(width)
     whole = width // g * g
     parts = []
@@ -118,11 +118,11 @@ def _round_groups(
     step = max(1, SLICE // g)
     for b in range(batch):
         for start in range(0, rows * n, step):
-            part = slice(start, start + step)
-            w = groups[b, part].T.contiguous()
-            grid = codec.fit(w, None if h is None else h[b, part].T)
-            codes[b, part] = codec.codes(w, grid).T
-            scales[b, part], zeros[b, part] = grid.scale[0], grid.zero[0]
+            some = slice(start, start + step)
+            w = groups[b, some].T.contiguous()
+            grid = codec.fit(w, None if h is None else h[b, some].T)
+            codes[b, some] = codec.codes(w, grid).T
+            scales[b, some], zeros[b, some] = grid.scale[0], grid.zero[0]
     shape = (batch, rows, n)
     return codes.view(batch, rows, width), scales.view(shape), zeros.view(shape)
 

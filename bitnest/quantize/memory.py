@@ -1,8 +1,8 @@
 """The memory budget of a compression run: what fits is decided before work starts.
 
 `--memory` bounds the whole process. From it come off what the process already uses and one decoder
-block in float32 with the copies its reading needs; an eighth of the rest may hold hidden states (more
-goes to a file) and half of the rest the Hessians and working copies of one chunk of experts.
+block in float32 with the copies its reading needs; an eighth of the rest may hold hidden states
+(more goes to a file) and half of it the Hessians and working copies of one chunk of experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ WORK = 32 << 20  # bytes for one chunk of experts without --memory: batches that
 
 @dataclass(frozen=True)
 class Budget:
-    """hidden: bytes of hidden states kept in memory, None for all. work: bytes for one chunk of experts."""
+    """What may be held at once.
+
+    hidden: bytes of hidden states in memory, None for all. work: bytes for one chunk of experts.
+    """
 
     hidden: int | None
     work: int
