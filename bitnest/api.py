@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.artifact import Artifact, SiteRecord, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
-from bitnest.errors import RecipeError
+from bitnest.errors import CheckpointError, RecipeError
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import Recipe, Rule, default_format
@@ -116,7 +116,7 @@ def compress(
     from bitnest.quantize.compress import prepare, run, with_calibration
 
     recipe = Recipe(
-        format=default_format(_whole(bits), format, group),
+        format=default_format(bits, format, group),
         rules=tuple(Rule.parse(rule) for rule in rules),
         method=method,
         damp=damp,
@@ -137,7 +137,9 @@ def compress(
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     if method != "rtn":
         _check_length(job.skeleton.model.config, length)
-        job = with_calibration(job, _calibration(tokenizer, data, samples, length, seed))
+        calibration = _calibration(tokenizer, data, samples, length, seed)
+        _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+        job = with_calibration(job, calibration)
     del tokenizer  # tens of megabytes that the run does not need
     artifact, seconds = run(job, Path(out), fresh=fresh, progress=progress)
     return summarise(artifact, seconds)
@@ -252,21 +254,22 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, 
     }
 
 
-def _whole(bits: float | None) -> int | None:
-    if bits is not None and bits != int(bits):
-        raise RecipeError(
-            f"--bits {bits:g}: one width for all sites must be a whole number",
-            hint="mix widths by --rule, for example --bits 3 --rule 'kind:attention=int4-g128'",
-        )
-    return None if bits is None else int(bits)
-
-
 def _check_length(config: Any, length: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise RecipeError(
             f"--length {length} is more than the model's context of {limit} tokens",
             hint=f"--length {limit} or less",
+        )
+
+
+def _check_vocabulary(model: Any, calibration: CalibrationSet, checkpoint: Checkpoint) -> None:
+    largest, known = int(calibration.tokens.max()), model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest}, the model's vocabulary has {known}",
+            where=str(checkpoint.path),
+            hint="the tokenizer is of another model: copy the right one beside the weights",
         )
 
 

@@ -19,6 +19,7 @@ from bitnest.formats import DenseFormat, Format, IntFormat, parse_format
 from bitnest.sites import KINDS, Site
 
 METHODS = ("gptq", "rtn")
+WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
 
@@ -61,7 +62,10 @@ class Rule:
             try:
                 regex = re.compile(self.pattern.removeprefix("re:"))
             except re.error as error:
-                raise RecipeError(f"broken pattern '{self.pattern}': {error}") from error
+                raise RecipeError(
+                    f"broken pattern '{self.pattern}': {error}",
+                    hint="re: takes a Python regular expression; without it a pattern is a glob",
+                ) from error
             return lambda site: regex.search(site.name) is not None
         return lambda site: fnmatch.fnmatchcase(site.name, self.pattern)
 
@@ -91,8 +95,21 @@ class Recipe:
             raise RecipeError(
                 f"unknown method '{self.method}'", hint="one of " + ", ".join(METHODS)
             )
+        if self.weighting not in WEIGHTINGS:
+            raise RecipeError(
+                f"unknown expert weighting '{self.weighting}'",
+                hint="one of " + ", ".join(WEIGHTINGS),
+            )
+        if self.min_tokens is not None and self.min_tokens < 1:
+            raise RecipeError(
+                f"an expert needs at least one token, not {self.min_tokens}",
+                hint="--min-tokens 1 trusts the Hessian of every expert that saw a token",
+            )
         if not 0 < self.damp < 1:
-            raise RecipeError(f"damp is a share between 0 and 1, not {self.damp}")
+            raise RecipeError(
+                f"damp is a share between 0 and 1, not {self.damp:g}",
+                hint="for example --damp 0.01",
+            )
 
     def formats(self, sites: Sequence[Site], itemsize: int) -> dict[str, Format]:
         """The format of every site. itemsize: bytes of a source value, for dense sites.
@@ -120,8 +137,10 @@ class Recipe:
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 
 
-def default_format(bits: int | None, fmt: str | None, group: int | None) -> str:
+def default_format(bits: float | None, fmt: str | None, group: int | None) -> str:
     """The format name that --bits, --format and --group ask for together.
+
+    bits: a whole number; a float because that is how the command line reads it.
 
     Raises:
         RecipeError, FormatError: contradictory or impossible.
@@ -132,9 +151,14 @@ def default_format(bits: int | None, fmt: str | None, group: int | None) -> str:
                 "--format already says bits and group", hint="leave out --bits and --group"
             )
         return parse_format(fmt).name
-    return IntFormat(
-        DEFAULT_BITS if bits is None else bits, DEFAULT_GROUP if group is None else group
-    ).name
+    if bits is None:
+        bits = DEFAULT_BITS
+    if not float(bits).is_integer():
+        raise RecipeError(
+            f"--bits {bits:g}: one width for all sites must be a whole number",
+            hint="mix widths by --rule, for example --bits 3 --rule 'kind:attention=int4-g128'",
+        )
+    return IntFormat(int(bits), DEFAULT_GROUP if group is None else group).name
 
 
 def _sized(fmt: Format, itemsize: int) -> Format:

@@ -71,6 +71,7 @@ class Skeleton:
         sources, leftover = _map_sources(model, checkpoint)
         skeleton = cls(checkpoint, model, prefix, sources, leftover)
         skeleton._check_complete()
+        skeleton._check_shapes()
         return skeleton
 
     @property
@@ -85,8 +86,11 @@ class Skeleton:
 
         dtype: cast floating-point tensors as they are read.
         """
+        return self._convert(name, [self._read(key, dtype) for key in self.sources[name].names])
+
+    def _convert(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The parameter `name` made of its checkpoint tensors; takes the list's references."""
         source = self.sources[name]
-        tensors = [self._read(key, dtype) for key in source.names]
         if source.converter is None:
             return tensors[0]
         converter = deepcopy(source.converter)
@@ -145,9 +149,31 @@ class Skeleton:
                 "belong to these weights",
             )
 
+    def _check_shapes(self) -> None:
+        """Refuse weights of other shapes than the model's, converting empty tensors to see it."""
+        wanted = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        for name, source in self.sources.items():
+            shapes = {pattern: self.checkpoint.tensors[key].shape for pattern, key in source.keys}
+            odd = [k for p, k in source.keys if self.checkpoint.tensors[k].shape != shapes[p]]
+            if not odd and self._convert(name, self._empty(source)).shape == wanted[name]:
+                continue
+            key = (odd or source.names)[0]
+            info = self.checkpoint.tensors[key]
+            raise CheckpointError(
+                f"tensor '{key}' has shape {info.shape}, which does not fit the model's '{name}' "
+                f"of shape {tuple(wanted[name])}",
+                where=str(info.file),
+                hint="config.json and the weights are of different models, or a shard is",
+            )
+
+    def _empty(self, source: Source) -> list[torch.Tensor]:
+        infos = (self.checkpoint.tensors[key] for key in source.names)
+        return [torch.empty(info.shape, device="meta") for info in infos]
+
 
 def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = str(checkpoint.path / "config.json")
@@ -164,7 +190,10 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+        ZeroDivisionError, AssertionError, StrictDataclassError,
+    ) as error:  # fmt: skip
         kind = checkpoint.config.get("model_type", "unknown")
         raise UnsupportedModel(
             f"transformers cannot build a causal language model of type '{kind}': "

@@ -26,8 +26,6 @@ from torch import nn
 
 from bitnest.kernels.experts import Weights, experts_forward
 
-WEIGHTINGS = ("none", "gate", "gate2")
-
 
 @dataclass
 class Hessian:

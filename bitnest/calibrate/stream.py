@@ -84,8 +84,15 @@ class Stream:
             states = self.hidden[part].to(self.device)
             call = self._calls[len(states)][layer]
             output = block(states, *call.args, **call.kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            if not output.isfinite().all():  # statistics of it would be meaningless
+                raise UnsupportedModel(
+                    f"block {layer} gives NaN or infinite values in {self.dtype}",
+                    where=type(self.skeleton.model).__name__,
+                    hint="check that the original model gives sensible text; use --method rtn",
+                )
             if keep:
-                self.hidden[part] = output[0] if isinstance(output, tuple) else output
+                self.hidden[part] = output
             if after_batch is not None:
                 after_batch()
 

@@ -95,5 +95,4 @@ def default_name(model: str, bits: float | None, fmt: str | None, group: int | N
     """Artifact directory for `model` when none is named: <model>-<format> in this directory."""
     from bitnest.recipe import default_format
 
-    whole = int(bits) if bits is not None and bits == int(bits) else None
-    return f"{Path(model).name}-{default_format(whole, fmt, group)}"
+    return f"{Path(model).name}-{default_format(bits, fmt, group)}"

@@ -61,4 +61,15 @@ def load_tokenizer(
             where=str(path),
             hint="copy tokenizer.json and tokenizer_config.json of the base model into it",
         )
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"cannot read the tokenizer: {first}",
+            where=str(path),
+            hint="copy tokenizer.json and tokenizer_config.json of the base model again"
+            if trust_remote_code
+            else "copy the tokenizer files again; if it needs the model's own Python code, read "
+            "that and allow it with --trust-remote-code",
+        ) from error

@@ -37,6 +37,7 @@ from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
+from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import Format, IntFormat, parse_format
 from bitnest.kernels.dequantize import decode_int
@@ -119,7 +120,7 @@ def prepare(
     skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     sites = find_sites(skeleton)
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
     dtype = _compute_type(compute, checkpoint, chosen)
     return Job(checkpoint, skeleton, sites, formats, recipe, None, chosen, memory, dtype)
 
