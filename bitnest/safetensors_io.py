@@ -222,6 +222,9 @@ def _file_bytes(header: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]
     for item in entries:
         tensor = item.values().detach().cpu().contiguous()
         assert tensor.dtype == item.dtype and tuple(tensor.shape) == item.shape, item.name
-        data = byte_view(tensor.view(-1).view(torch.uint8))
+        flat = tensor.view(-1)
+        if flat.stride(0) != 1:  # a single value may keep the stride of what it was cut from
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        data = byte_view(flat.view(torch.uint8))
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
