@@ -37,6 +37,7 @@ SHARD_BYTES = 1 << 30
 COPIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*",
     "generation_config.json", "*.model", "LICENSE*",
+    "*.py",  # a model's own code, which runs only for those who allow it
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitnest import api
+from bitnest.calibrate import stream
 from bitnest.calibrate.data import calibration_windows, parse_source
 from bitnest.cli import main
 from bitnest.errors import RecipeError, UnsupportedModel
@@ -390,3 +391,90 @@ def test_encoder_decoder_is_refused_before_work(tiny: Builder, text: Path, tmp_p
     tiny.tokenizer.save_pretrained(tmp_path / "t5")
     error = _refused(tmp_path / "t5", tmp_path / "out", text)
     assert "t5" in error.what and error.hint
+
+
+_GEMMA: dict[str, Any] = {
+    **FAMILIES["gemma3"].options,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (
+            "Gemma3nTextConfig",
+            {"laurel_rank": 8, "num_kv_shared_layers": 0, "intermediate_size": [96, 96]}
+            | {"activation_sparsity_pattern": [0.0, 0.0]},
+            "hidden states of shape",
+        ),
+        ("Gemma4TextConfig", {}, "differ from sample to sample"),
+    ],
+)
+def test_blocks_that_see_more_than_hidden_states_are_refused_but_can_be_rounded(
+    config: str,
+    options: dict[str, Any],
+    reason: str,
+    tiny: Builder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import transformers
+
+    if not hasattr(transformers, config):
+        pytest.skip(f"this transformers has no {config}")
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**{**_GEMMA, **options})
+    source = tmp_path / "gemma"
+    AutoModelForCausalLM.from_config(made).save_pretrained(source)
+    tiny.tokenizer.save_pretrained(source)
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 2 * LENGTH)  # several batches
+    error = _refused(source, tmp_path / "out", text)
+    assert reason in error.what and "rtn" in error.hint
+    artifact = compress(source, tmp_path / "rounded", text, format=RTN, method="rtn")
+    reference = decoded_checkpoint(source, artifact, tmp_path / "ref", "gemma3")
+    torch.testing.assert_close(logits(artifact), logits(reference), rtol=1e-5, atol=1e-5)
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class PicoConfig(LlamaConfig):
+    model_type = "pico_remote"
+
+class PicoForCausalLM(LlamaForCausalLM):
+    config_class = PicoConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+"""
+
+
+def test_model_with_its_own_code_keeps_it(
+    tiny: Builder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source = tmp_path / "remote"
+    shutil.copytree(tiny("llama"), source)
+    (source / "pico.py").write_text(REMOTE)
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = "pico_remote"
+    config["auto_map"] = {
+        "AutoConfig": "pico.PicoConfig",
+        "AutoModelForCausalLM": "pico.PicoForCausalLM",
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    artifact = compress(source, tmp_path / "out", text, format=GPTQ, trust_remote_code=True)
+    plain = compress(tiny("llama"), tmp_path / "plain", text, format=GPTQ)
+    remote = AutoModelForCausalLM.from_pretrained(
+        artifact, dtype=torch.float32, trust_remote_code=True
+    )
+    with torch.no_grad():
+        assert torch.equal(remote(TOKENS).logits, -logits(plain))
