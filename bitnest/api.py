@@ -90,7 +90,7 @@ def compress(
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
     weighting: str = "gate",
-    damp: float = 0.01,
+    damp: float = 0.03,
     min_tokens: int | None = None,
     clip: bool = True,
     seed: int = 0,

@@ -83,7 +83,7 @@ class Recipe:
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
     rules: tuple[Rule, ...] = ()
     method: str = "gptq"
-    damp: float = 0.01
+    damp: float = 0.03
     weighting: str = "gate"
     min_tokens: int | None = None
     clip: bool = True

@@ -46,7 +46,7 @@ def test_blocked_sweep_follows_the_textbook_loop(name: str) -> None:
     codec = IntCodec(parse_format(name))
     order = column_order(h.diagonal(dim1=1, dim2=2), codec.fmt.group_size(192))[0]
     expected = textbook_gptq(w[0], h[0], codec, 0.01, order)
-    got = gptq(w, h, codec).weight[0]
+    got = gptq(w, h, codec, damp=0.01, refit=False).weight[0]
     # float32 against float64 may flip single codes at ties; the loss must agree closely
     assert loss(w[0] - got, h[0]) == pytest.approx(loss(w[0] - expected, h[0]), rel=0.03)
     assert (got - expected).abs().gt(1e-6).float().mean() < 0.2
@@ -105,7 +105,7 @@ def test_columns_no_token_excited_are_rounded_not_zeroed() -> None:
     result = gptq(w, h, IntCodec(IntFormat(8, 32)))
     assert torch.isfinite(result.weight).all()
     miss = (result.weight[0, :, 5] - w[0, :, 5]).abs()
-    assert miss.max() < 0.1 * w[0, :, 5].abs().max()  # clipped at most, never dropped
+    assert miss.max() < 0.4 * w[0, :, 5].abs().max()  # clipped at most, never dropped
 
 
 def test_hessian_of_zeros_gives_finite_weights() -> None:
@@ -162,3 +162,24 @@ def test_tiny_weights_do_not_vanish_or_divide_by_zero_in_half_precision() -> Non
     w = torch.randn(1, 4, 32) * 1e-9
     result = rtn(w, IntCodec(IntFormat(4, 32), scale_dtype=torch.float16))
     assert torch.isfinite(result.weight).all()
+
+
+@pytest.mark.parametrize("name", ["int2-g32", "int3-g48", "int4-g64-asym", "int4-channel"])
+def test_refitted_scales_are_the_least_squares_solution(name: str) -> None:
+    w, h = problem(6, 144)
+    codec = IntCodec(parse_format(name))
+    before, after = gptq(w, h, codec, refit=False), gptq(w, h, codec)
+    assert torch.equal(before.codes, after.codes)
+    assert (after.error <= before.error * (1 + 1e-6)).all()
+    g = codec.fmt.group_size(144)
+    for row in range(6):
+        q = before.codes[0, row].double() - before.zeros[0, row].repeat_interleave(g)[:144].double()
+        basis = torch.zeros(144, before.scales.shape[2], dtype=torch.float64)
+        for k in range(basis.shape[1]):
+            basis[k * g : (k + 1) * g, k] = q[k * g : (k + 1) * g]
+        root = torch.linalg.cholesky(h[0].double() + 1e-9 * torch.eye(144, dtype=torch.float64)).T
+        best = torch.linalg.lstsq(root @ basis, root @ w[0, row].double()).solution
+        least = loss(w[0, row : row + 1].double() - (basis @ best)[None], h[0])
+        # scales are rounded to 8 bits of mantissa, so the optimum is met only nearly
+        assert float(after.error[0, row]) <= max(1.05 * least, float(before.error[0, row]) * 1.0001)
+        assert float(after.error[0, row]) >= least * (1 - 1e-3)

@@ -129,6 +129,7 @@ def _pieces(text: str) -> Iterator[str]:
     if start < len(text):
         yield text[start:]
 
+
 def calibration_windows(
     tokenizer: Any,
     sources: Sequence[DataSource],

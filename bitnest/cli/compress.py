@@ -33,7 +33,7 @@ def command(
     min_tokens: int = typer.Option(
         None, "--min-tokens", help="Tokens an expert needs before its own Hessian is trusted alone."
     ),
-    damp: float = typer.Option(0.01, "--damp", help="Share of mean diag(H) added to it."),
+    damp: float = typer.Option(0.03, "--damp", help="Share of mean diag(H) added to it."),
     clip: bool = typer.Option(True, "--clip/--no-clip", help="Search the clipping of every scale."),
     seed: int = typer.Option(0, "--seed", help="Choice of calibration windows."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),

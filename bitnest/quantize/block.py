@@ -51,7 +51,7 @@ class Options:
     """
 
     method: str = "gptq"
-    damp: float = 0.01
+    damp: float = 0.03
     weighting: str = "gate"
     min_tokens: int | None = None
     clip: bool = True

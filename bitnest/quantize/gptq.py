@@ -12,6 +12,9 @@ total diag(H) and columns descend within their group, so each scale still covers
 input channels and nothing but codes and scales is stored. (The same idea is known as group-aware
 reordering.)
 
+Last, each row's scales are fitted again, all groups at once, to the codes the sweep chose (ours; a
+row keeps the scales it had if that is no better).
+
 U needs no explicit inverse: with H = R R^T, R upper triangular (a Cholesky factorisation run from
 the last column to the first), U = R^-1.
 
@@ -30,6 +33,7 @@ import torch
 from bitnest.quantize.codecs.integer import Grid, IntCodec
 
 BLOCK = 128  # columns whose compensation of the rest is applied in one product
+RIDGE = 1e-4  # share of the mean diagonal that holds refitted scales where they are
 SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
 STEP = 32  # columns compensated one by one; the block's rest follows once per step
 
@@ -50,12 +54,18 @@ class Quantized:
 
 
 def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, codec: IntCodec, *, damp: float = 0.01
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    codec: IntCodec,
+    *,
+    damp: float = 0.03,
+    refit: bool = True,
 ) -> Quantized:
     """Quantise B matrices, each against its own H.
 
     weight: (B, O, I) float32, unchanged. hessian: (B, I, I) float32, symmetric, positive
-    semi-definite, unchanged. damp: share of the mean diagonal added to it.
+    semi-definite, unchanged. damp: share of the mean diagonal added to it. refit: fit the scales
+    once more at the end.
     """
     width = weight.shape[2]
     g = codec.fmt.group_size(width)
@@ -73,9 +83,59 @@ def gptq(
     scales, zeros = scales.gather(2, back), zeros.gather(2, back)
     codes = gather_rows(codes, inverse).transpose(1, 2).contiguous()
     decoded = _decode(codes, scales, zeros, g)
-    miss = weight - decoded
-    error = ((miss @ hessian) * miss).sum(2)
-    return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+    error = _loss(weight - decoded, hessian)
+    if not refit:
+        return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+    refitted = refit_scales(weight, hessian, codes, scales, zeros, codec, g)
+    other = _decode(codes, refitted, zeros, g)
+    loss = _loss(weight - other, hessian)
+    better = (loss < error)[:, :, None]
+    return Quantized(
+        codes.to(torch.uint8),
+        torch.where(better, refitted, scales),
+        zeros,
+        torch.where(better, other, decoded),
+        torch.minimum(loss, error),
+    )
+
+
+def refit_scales(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    codec: IntCodec,
+    g: int,
+) -> torch.Tensor:
+    """Least-squares scales of each row, all groups together, given the codes; (B, O, G).
+
+    With q_k a row's codes less zero in group k and 0 elsewhere, the loss (w - sum s_k q_k)^T H (...)
+    is least where sum_l (q_k^T H q_l) s_l = q_k^T H w. Solved as a step from the present scales,
+    with a small ridge towards no step, and rounded to the stored type.
+    """
+    groups = scales.shape[2]
+    values = codes - zeros.repeat_interleave(g, dim=2)[..., : codes.shape[2]]
+    miss = (weight - _decode(codes, scales, zeros, g)) @ hessian
+    padding = groups * g - codes.shape[2]
+    split = torch.nn.functional.pad(values, (0, padding)).unflatten(2, (groups, g))
+    right = torch.nn.functional.pad(miss, (0, padding)).unflatten(2, (groups, g))
+    right = (split * right).sum(3)
+    left = torch.empty(*scales.shape, groups, dtype=weight.dtype, device=weight.device)
+    for k in range(groups):
+        part = slice(k * g, min((k + 1) * g, codes.shape[2]))
+        spread = values[..., part] @ hessian[:, part]
+        spread = torch.nn.functional.pad(spread, (0, padding)).unflatten(2, (groups, g))
+        left[..., k, :] = (split * spread).sum(3)
+    diagonal = left.diagonal(dim1=2, dim2=3)
+    diagonal.add_(RIDGE * diagonal.mean(2, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny))
+    step = torch.linalg.solve_ex(left, right.unsqueeze(3))[0].squeeze(3)
+    return codec.stored(scales + torch.nan_to_num(step))
+
+
+def _loss(miss: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """The quadratic form of each row, (B, O)."""
+    return ((miss @ hessian) * miss).sum(2)
 
 
 def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None = None) -> Quantized:

@@ -5,11 +5,10 @@ For one group of weights w with importance h (the diagonal of H, or ones) and b 
     code = clamp(round(w / scale) + zero, 0, 2^b - 1)        w_hat = (code - zero) * scale
 
 Symmetric: zero = 2^(b-1). The search minimises sum h (w - w_hat)^2 over clipping ratios of the
-absolute maximum, then alternates least squares (scale given codes, codes given scale). At 2 and 3
-bits the scale may be negative, so that the one extra negative code lies on the side that needs it:
-no extra bytes, and every engine that multiplies decodes it. From 4 bits on the range is balanced,
-+-(2^(b-1) - 1), which rounds better when nothing clips. Asymmetric: the same search over the range
-[min, max], zero an integer.
+absolute maximum, then alternates least squares (scale given codes, codes given scale). The scale
+may be negative, so that the one extra negative code lies on the side that needs it: no extra bytes,
+and every engine that multiplies decodes it. Asymmetric: the same search over the range [min, max],
+zero an integer, scale positive.
 
 Scales are rounded to their stored 16-bit type before any code is chosen, so what is fitted is what
 is decoded.
@@ -30,7 +29,6 @@ from bitnest.kernels.packing import pack_bits
 RATIOS = {2: (0.35, 1.0, 14), 3: (0.5, 1.0, 11)}  # bits -> clip ratios: first, last, count
 DEFAULT_RATIOS = (0.7, 1.0, 7)
 REFITS = 2  # least-squares rounds after the ratio search
-SIGNED_UP_TO = 3  # bits up to which a symmetric scale may be negative
 TINY = 1e-30
 
 
@@ -59,10 +57,6 @@ class IntCodec:
         """Largest code."""
         return (1 << self.fmt.bits) - 1
 
-    @property
-    def _lowest(self) -> int:
-        return 1 if self.fmt.symmetric and self.fmt.bits > SIGNED_UP_TO else 0
-
     def fit(self, w: torch.Tensor, h: torch.Tensor | None = None) -> Grid:
         """The grid of least weighted error for one group.
 
@@ -77,7 +71,7 @@ class IntCodec:
         for i in range(count - 1):
             ratio = first + (last - first) * i / (count - 1)
             least = self._keep_better(w, weight, best, least, self._range_grid(w, ratio))
-        if self.fmt.symmetric and self.fmt.bits <= SIGNED_UP_TO:
+        if self.fmt.symmetric:
             for i in range(count):
                 ratio = first + (last - first) * i / (count - 1)
                 flipped = self._range_grid(w, ratio, full=True)
@@ -88,7 +82,7 @@ class IntCodec:
 
     def codes(self, w: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Codes of w on the grid, float32 integers in [lowest, top]."""
-        return (w / grid.scale).round_().add_(grid.zero).clamp_(self._lowest, self.top)
+        return (w / grid.scale).round_().add_(grid.zero).clamp_(0, self.top)
 
     @staticmethod
     def values(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -106,7 +100,7 @@ class IntCodec:
             stored["zeros"] = pack_bits(zeros.T, bits).T.contiguous()
         return stored
 
-    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale as it will be read back, never zero."""
         rounded = scale.to(self.scale_dtype).float()
         return torch.where(rounded == 0, torch.finfo(self.scale_dtype).tiny, rounded)
@@ -117,13 +111,13 @@ class IntCodec:
             zero = torch.full_like(w[..., :1, :], half)
             if not full:
                 peak = w.abs().amax(-2, keepdim=True)
-                return Grid(self._stored(peak * (ratio / (half - 1))), zero)
+                return Grid(self.stored(peak * (ratio / (half - 1))), zero)
             low, high = w.amin(-2, keepdim=True), w.amax(-2, keepdim=True)
             peak = torch.where(-low >= high, -low, -high)  # the larger side gets the extra code
-            return Grid(self._stored(peak * (ratio / half)), zero)
+            return Grid(self.stored(peak * (ratio / half)), zero)
         low = w.amin(-2, keepdim=True).clamp_max(0) * ratio
         high = w.amax(-2, keepdim=True).clamp_min(0) * ratio
-        scale = self._stored((high - low) / self.top)
+        scale = self.stored((high - low) / self.top)
         return Grid(scale, (-low / scale).round_().clamp_(0, self.top))
 
     def _refit(self, w: torch.Tensor, h: torch.Tensor, grid: Grid) -> Grid:
@@ -133,11 +127,11 @@ class IntCodec:
         top = (hq * w).sum(-2, keepdim=True)
         bottom = hq.mul_(q).sum(-2, keepdim=True)
         scale = torch.where(bottom > 0, top / bottom.clamp_min(TINY), grid.scale)
-        return Grid(self._stored(scale), grid.zero)
+        return Grid(self.stored(scale), grid.zero)
 
     def _error(self, w: torch.Tensor, h: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Weighted squared error; the clamp is moved by the zero point, which saves two passes."""
-        lowest, top = self._lowest - grid.zero, self.top - grid.zero
+        lowest, top = -grid.zero, self.top - grid.zero
         miss = (w / grid.scale).round_().clamp_(lowest, top).mul_(grid.scale).sub_(w)
         return miss.square_().mul_(h).sum(-2, keepdim=True)
 
