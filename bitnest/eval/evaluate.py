@@ -21,6 +21,7 @@ import torch
 
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
+from bitnest.device import choose_device
 from bitnest.errors import BitnestError, DataError
 from bitnest.eval.divergence import Tokens, compare
 from bitnest.eval.logits import (
@@ -74,7 +75,7 @@ def evaluate(
         CheckpointError, ArtifactError: a model that cannot be opened.
     """
     _check_options(models, window, windows, batch_size, dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
     paths = [resolve_model(model) for model in given]
     names = _names(given, paths)

@@ -33,6 +33,7 @@ import torch
 from bitnest.quantize.codecs.integer import Grid, IntCodec
 
 BLOCK = 128  # columns whose compensation of the rest is applied in one product
+MAX_DAMPINGS = 8  # from 1 % of the mean diagonal to far beyond all of it
 RIDGE = 1e-4  # share of the mean diagonal that holds refitted scales where they are
 SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
 STEP = 32  # columns compensated one by one; the block's rest follows once per step
@@ -110,8 +111,8 @@ def refit_scales(
 ) -> torch.Tensor:
     """Least-squares scales of each row, all groups together, given the codes; (B, O, G).
 
-    With q_k a row's codes less zero in group k and 0 elsewhere, the loss (w - sum s_k q_k)^T H (...)
-    is least where sum_l (q_k^T H q_l) s_l = q_k^T H w. Solved as a step from the present scales,
+    With q_k a row's codes less zero in group k and 0 elsewhere, |w - sum s_k q_k|^2 under H is
+    least where sum_l (q_k^T H q_l) s_l = q_k^T H w. Solved as a step from the present scales,
     with a small ridge towards no step, and rounded to the stored type.
     """
     groups = scales.shape[2]
@@ -212,20 +213,23 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     """U (B, I, I), upper triangular, with U^T U = (H + damp * mean(diag H) * I)^-1.
 
     A matrix that is still not positive definite gets ten times the damping until it is.
+
+    Raises:
+        ArithmeticError: no damping helps, because values are not finite.
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(torch.finfo(hessian.dtype).tiny)
     level = torch.full_like(mean, damp)
-    while True:
+    for _ in range(MAX_DAMPINGS):
         damped = hessian.flip(1, 2)  # last column first: the factor comes out upper triangular
         damped.diagonal(dim1=1, dim2=2).add_((level * mean)[:, None])
         lower, info = torch.linalg.cholesky_ex(damped)
         if not info.any():
-            break
+            upper = lower.flip(1, 2)
+            eye = torch.eye(upper.shape[1], dtype=upper.dtype, device=upper.device)
+            return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
         level = torch.where(info > 0, level * 10, level)
-    upper = lower.flip(1, 2)
-    eye = torch.eye(upper.shape[1], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
+    raise ArithmeticError("a Hessian is not finite or not symmetric positive semi-definite")
 
 
 def gather_rows(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,28 @@
-"""The real server as a process, spoken to by the real `openai` client.
+"""`bitnest serve demo` as a process, spoken to by the real `openai` client.
 
-Start-up, authentication, both endpoints whole and streamed, many clients at once, and the exit code
-after a signal. The model is the embedded demo; where texts are compared it is served in float32,
-because in bfloat16 two nearly equal logits may change places with the size of the batch.
+The embedded model is compressed first, as `serve` does by itself. Start-up, authentication, both
+endpoints whole and streamed, many clients at once, and the exit code after a signal. Where texts
+are compared a float32 copy is served, because in bfloat16 two nearly equal logits may change places
+with the size of the batch.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +30,8 @@ import pytest
 openai = pytest.importorskip("openai")
 
 KEY = "test-key"
+CACHE = Path(tempfile.mkdtemp(prefix="bitnest-e2e-"))  # the demo is compressed into it once
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something about the sea."}]
 
 
@@ -41,7 +48,8 @@ class Running:
 
 @contextmanager
 def server(*options: str, model: str = "demo") -> Iterator[Running]:
-    command = [sys.executable, "-m", "bitnest.serve", model, "--port", "0", *options]
+    how = ["--cache-dir", str(CACHE)] if model == "demo" else ["--dense"]
+    command = [sys.executable, "-m", "bitnest", "serve", model, "--port", "0", *how, *options]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
