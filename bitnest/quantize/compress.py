@@ -247,6 +247,7 @@ class _Run:
             own = [site for site in sites if site.module == name]
             chunk = self.budget.expert_chunk(own)
             routed = collector.routed.pop(name)
+            release()
             yield from self.solver.experts(own, modules[name], routed, chunk, self.job.device)
 
     def _store(self, layer: int, solved: Sequence[Solved]) -> None:

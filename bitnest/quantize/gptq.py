@@ -36,7 +36,7 @@ BLOCK = 128  # columns whose compensation of the rest is applied in one product
 MAX_DAMPINGS = 8  # from 1 % of the mean diagonal to far beyond all of it
 RIDGE = 1e-4  # share of the mean diagonal that holds refitted scales where they are
 SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
-STEP = 32  # columns compensated one by one; the block's rest follows once per step
+STEP = 16  # columns compensated one by one; the block's rest follows once per step
 
 
 @dataclass
@@ -243,6 +243,7 @@ def _sweep(
     """The loop above on columns already in order. w (B, I, O) is used up."""
     width = w.shape[1]
     codes = torch.empty_like(w)
+    pivots = factor.diagonal(dim1=1, dim2=2).unsqueeze(2).contiguous()
     grids: list[Grid] = []
     if g >= width:  # one scale per row: fitted once, before the sweep
         grids.append(codec.fit(w, importance))
@@ -258,13 +259,13 @@ def _sweep(
                 grids.append(codec.fit(w[:, group], importance[:, group]))
             grid = grids[-1]
             for j in range(a, z):
-                column = w[:, j : j + 1]
-                code = codec.codes(column, grid)
-                codes[:, j : j + 1] = code
-                miss = (column - codec.values(code, grid)) / factor[:, j, j, None, None]
-                errors[:, j - start : j - start + 1] = miss
+                column, code = w[:, j : j + 1], codes[:, j : j + 1]
+                miss = errors[:, j - start : j - start + 1]
+                code.copy_(codec.codes(column, grid))
+                torch.sub(column, codec.values(code, grid), out=miss)
+                miss.div_(pivots[:, j : j + 1])
                 if j + 1 < z:
-                    w[:, j + 1 : z] -= factor[:, j, j + 1 : z, None] * miss
+                    w[:, j + 1 : z].addcmul_(factor[:, j, j + 1 : z, None], miss, value=-1)
             if z < stop:
                 update = factor[:, a:z, z:stop].transpose(1, 2)
                 w[:, z:stop].baddbmm_(update, errors[:, a - start : z - start], alpha=-1)

@@ -15,7 +15,7 @@ from bitnest.errors import RecipeError
 from bitnest.sites import Site
 from bitnest.skeleton import Skeleton
 
-WORKING_COPIES = 6  # arrays of a matrix's or Hessian's size alive at once in the GPTQ sweep
+WORKING_COPIES = 10  # arrays of the size of a matrix or Hessian alive at once while solving
 FLOAT = 4
 WORK = 32 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
 
