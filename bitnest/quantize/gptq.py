@@ -84,12 +84,15 @@ def gptq(
     scales, zeros = scales.gather(2, back), zeros.gather(2, back)
     codes = gather_rows(codes, inverse).transpose(1, 2).contiguous()
     decoded = _decode(codes, scales, zeros, g)
-    error = _loss(weight - decoded, hessian)
+    miss = weight - decoded
+    pull = miss @ hessian  # half the gradient, for the refit too
+    error = (pull * miss).sum(2)
     if not refit:
         return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
-    refitted = refit_scales(weight, hessian, codes, scales, zeros, codec, g)
+    refitted = refit_scales(pull, hessian, codes, scales, zeros, codec, g)
     other = _decode(codes, refitted, zeros, g)
-    loss = _loss(weight - other, hessian)
+    miss = weight - other
+    loss = ((miss @ hessian) * miss).sum(2)
     better = (loss < error)[:, :, None]
     return Quantized(
         codes.to(torch.uint8),
@@ -101,7 +104,7 @@ def gptq(
 
 
 def refit_scales(
-    weight: torch.Tensor,
+    pull: torch.Tensor,
     hessian: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -114,15 +117,16 @@ def refit_scales(
     With q_k a row's codes less zero in group k and 0 elsewhere, |w - sum s_k q_k|^2 under H is
     least where sum_l (q_k^T H q_l) s_l = q_k^T H w. Solved as a step from the present scales,
     with a small ridge towards no step, and rounded to the stored type.
+
+    pull: (w - w_hat) H, (B, O, I).
     """
     groups = scales.shape[2]
     values = codes - zeros.repeat_interleave(g, dim=2)[..., : codes.shape[2]]
-    miss = (weight - _decode(codes, scales, zeros, g)) @ hessian
     padding = groups * g - codes.shape[2]
     split = torch.nn.functional.pad(values, (0, padding)).unflatten(2, (groups, g))
-    right = torch.nn.functional.pad(miss, (0, padding)).unflatten(2, (groups, g))
+    right = torch.nn.functional.pad(pull, (0, padding)).unflatten(2, (groups, g))
     right = (split * right).sum(3)
-    left = torch.empty(*scales.shape, groups, dtype=weight.dtype, device=weight.device)
+    left = torch.empty(*scales.shape, groups, dtype=pull.dtype, device=pull.device)
     for k in range(groups):
         part = slice(k * g, min((k + 1) * g, codes.shape[2]))
         spread = values[..., part] @ hessian[:, part]
@@ -132,11 +136,6 @@ def refit_scales(
     diagonal.add_(RIDGE * diagonal.mean(2, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny))
     step = torch.linalg.solve_ex(left, right.unsqueeze(3))[0].squeeze(3)
     return codec.stored(scales + torch.nan_to_num(step))
-
-
-def _loss(miss: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """The quadratic form of each row, (B, O)."""
-    return ((miss @ hessian) * miss).sum(2)
 
 
 def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None = None) -> Quantized:
