@@ -141,7 +141,7 @@ def compress(
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
         job = with_calibration(job, calibration)
     del tokenizer  # tens of megabytes that the run does not need
-    artifact, seconds = run(job, Path(out), fresh=fresh, progress=progress)
+    artifact, seconds = run(job, Path(out).absolute(), fresh=fresh, progress=progress)
     return summarise(artifact, seconds)
 
 
@@ -156,11 +156,14 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
     weights = sum(r.site.numel for r in packed) or 1
     widths = sum(r.site.numel * int(r.format[3]) for r in packed)
     minimum = artifact.manifest["recipe"]["min_tokens"]
-    experts = {(r.site.layer, r.site.expert): r for r in packed if r.site.expert is not None}
-    starved = [
-        r for r in experts.values()
-        if r.tokens is not None and r.tokens < (minimum or r.site.shape[1])
-    ]  # fmt: skip
+    experts = {(r.site.layer, r.site.expert) for r in packed if r.site.expert is not None}
+    starved = {
+        (r.site.layer, r.site.expert)
+        for r in packed
+        if r.site.expert is not None
+        and r.tokens is not None
+        and r.tokens < (minimum or r.site.shape[1])
+    }
     nbytes = sum(entry["bytes"] for entry in files.values())
     return CompressResult(
         path=artifact.path,
@@ -215,7 +218,9 @@ def export(
     """
     from bitnest.export.compressed_tensors import export_compressed_tensors
 
-    return export_compressed_tensors(Path(artifact), Path(out), engine=engine, verify=verify)
+    return export_compressed_tensors(
+        Path(artifact), Path(out).absolute(), engine=engine, verify=verify
+    )
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -92,18 +92,26 @@ class Artifact:
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        for name, entry in manifest["files"].items():
+        try:
+            records = tuple(SiteRecord.from_json(item) for item in manifest["sites"])
+            files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                "the manifest is incomplete",
+                where=str(path / MANIFEST),
+                hint="copy the artifact again, or compress again",
+            ) from error
+        for name, expected in files.items():
             file = path / name
             size = file.stat().st_size if file.exists() else None
-            if size != entry["bytes"]:
+            if size != expected:
                 raise ArtifactError(
-                    f"'{name}' has {size} bytes, the manifest says {entry['bytes']}"
+                    f"'{name}' has {size} bytes, the manifest says {expected}"
                     if size is not None
                     else f"'{name}' is missing",
                     where=str(path),
                     hint="copy the artifact again, or compress again",
                 )
-        records = tuple(SiteRecord.from_json(item) for item in manifest["sites"])
         return cls(path, manifest, records)
 
     def packed(self) -> list[SiteRecord]:
@@ -199,13 +207,38 @@ class Writer:
         self.state.mkdir(exist_ok=True)
         inputs = self.state / "inputs.json"
         if inputs.exists():
-            self._check_same(json.loads(inputs.read_text(encoding="utf-8")))
+            self._check_same(self._previous(inputs))
         else:
             _write_text(inputs, json.dumps(self.fingerprint, indent=1, sort_keys=True))
         done = 0
-        while done < self.blocks and self._record_file(done).exists():
+        while done < self.blocks and self._intact(done):
             done += 1
         return done
+
+    def _previous(self, inputs: Path) -> dict[str, Any]:
+        try:
+            previous = json.loads(inputs.read_text(encoding="utf-8"))
+        except ValueError:
+            previous = None
+        if not isinstance(previous, dict):
+            raise ArtifactError(
+                "the record of an unfinished run is damaged",
+                where=str(inputs),
+                hint="add --fresh to start over",
+            )
+        return previous
+
+    def _intact(self, block: int) -> bool:
+        """Whether a block was finished and its files are still what was written."""
+        if not self._record_file(block).exists():
+            return False
+        try:
+            files = json.loads(self._record_file(block).read_text(encoding="utf-8"))["files"]
+            return all(
+                sha256_file(self.work / name) == entry["sha256"] for name, entry in files.items()
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # damaged since: this block and those after it are done again
 
     def _take_lock(self) -> None:
         self._created = [p for p in (self.partial, *self.partial.parents) if not p.exists()]

@@ -105,6 +105,8 @@ class Recipe:
                 f"an expert needs at least one token, not {self.min_tokens}",
                 hint="--min-tokens 1 trusts the Hessian of every expert that saw a token",
             )
+        if not 0 <= self.seed < 1 << 63:
+            raise RecipeError(f"a seed is a whole number from 0 to 2^63 - 1, not {self.seed}")
         if not 0 < self.damp < 1:
             raise RecipeError(
                 f"damp is a share between 0 and 1, not {self.damp:g}",

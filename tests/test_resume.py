@@ -337,3 +337,28 @@ def test_failure_after_a_block_keeps_it(
     assert len(list(partial_directory(out).glob("state/block-*.json"))) == 3
     api.compress(model, out, data=[str(text)], **OPTIONS)
     assert digests(out) == whole
+
+
+def test_block_damaged_after_the_kill_is_done_again(
+    model: Path, text: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    partial = unfinished(model, out, text)
+    packed = next((partial / "artifact").glob("packed-00001-*"))
+    data = bytearray(packed.read_bytes())
+    data[-5] ^= 0xFF
+    packed.write_bytes(data)
+    api.compress(model, out, data=[str(text)], **OPTIONS)
+    assert digests(out) == whole
+
+
+def test_damaged_record_of_the_inputs_is_an_error_with_a_way_out(
+    model: Path, text: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (unfinished(model, out, text) / "state" / "inputs.json").write_text('{"half')
+    with pytest.raises(ArtifactError) as caught:
+        api.compress(model, out, data=[str(text)], **OPTIONS)
+    assert "--fresh" in caught.value.hint
+    api.compress(model, out, data=[str(text)], fresh=True, **OPTIONS)
+    assert digests(out) == whole

@@ -145,15 +145,15 @@ class Collector:
             width = x.shape[-1]
             if self._first is not None:
                 self._read_later |= self._experts_ran
-                # The first batch's inputs are kept alive, so an address names one tensor only.
+                # The first batch's inputs are kept alive, so an address names one tensor only;
+                # empty ones (an expert in a ModuleList without tokens) have no address to share.
                 key = (x.data_ptr(), x.numel(), width)
-                leader, _ = self._first.setdefault(key, (name, x))
+                leader = self._first.setdefault(key, (name, x))[0] if x.numel() else name
                 if leader != name:
                     self.hessians[name] = self.hessians[leader]
-                else:
-                    zeros = torch.zeros(width, width, device=x.device)
-                    self.hessians[name] = Hessian(zeros)
-                    self._leaders.add(name)
+            if name not in self.hessians:  # also one that is called in a later batch only
+                self.hessians[name] = Hessian(torch.zeros(width, width, device=x.device))
+                self._leaders.add(name)
             if name in self._leaders:
                 self.hessians[name].add(x.reshape(-1, width))
 

@@ -11,6 +11,7 @@ outputs after the last block.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ class Stream:
         if self._limit is None or count * self.dtype.itemsize <= self._limit:
             return torch.empty(shape, dtype=self.dtype)
         with tempfile.NamedTemporaryFile(prefix="bitnest-hidden-") as file:
-            file.truncate(count * self.dtype.itemsize)
+            # allocated, not sparse: a full disk is an error here, not a bus error later
+            os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)
             mapped = torch.from_file(file.name, shared=True, size=count, dtype=self.dtype)
             return mapped.view(shape)
 

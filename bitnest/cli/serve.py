@@ -27,7 +27,7 @@ def command(
         "vllm-cuda", "--vllm-for", help="Which vLLM the export must suit: vllm-cuda or vllm-cpu."
     ),
     host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on."),
-    port: int = typer.Option(8000, "--port", help="Port; 0 takes a free one."),
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port; 0 takes a free one."),
     api_key: str = typer.Option(None, "--api-key", help="Ask clients for this key."),
     name: str = typer.Option(None, "--model-name", help="Name clients use (default: MODEL)."),
     backend: str = typer.Option(
@@ -53,6 +53,10 @@ def command(
     if engine == "bitnest":
         require("fastapi", "serve")
         require("uvicorn", "serve")
+    if engine == "vllm":
+        from bitnest.serve.engine_vllm import find_vllm
+
+        find_vllm(vllm_bin)  # before compressing and exporting for it
     from bitnest.cli.render import Bars, say
 
     with Bars(quiet) as bars:

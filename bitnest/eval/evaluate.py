@@ -22,7 +22,7 @@ import torch
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
 from bitnest.device import choose_device
-from bitnest.errors import BitnestError, DataError
+from bitnest.errors import BitnestError, CheckpointError, DataError
 from bitnest.eval.divergence import Tokens, compare
 from bitnest.eval.logits import (
     Full,
@@ -219,7 +219,15 @@ def _names(given: Sequence[str | Path], paths: Sequence[Path]) -> list[str]:
 def _check_context(name: str, path: Path, window: int, trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot read the configuration: {first}",
+            where=str(path / "config.json"),
+            hint="fetch it again, or upgrade transformers for a new model type",
+        ) from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and window > limit:
         raise BitnestError(

@@ -8,6 +8,7 @@ times the space, so the disk is asked first.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def storage(rows: int, width: int) -> torch.Tensor:
             hint="fewer windows or texts, or set TMPDIR to a larger disk",
         )
     with tempfile.TemporaryFile(dir=place) as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, width)))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.checkpoint import resolve_model
-from bitnest.errors import CheckpointError
+from bitnest.errors import BitnestError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,23 @@ def load_model(
     Raises:
         CheckpointError, ArtifactError: the directory cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except BitnestError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot load the model: {first}",
+            where=str(path),
+            hint="check config.json and the .safetensors files; bitnest inspect says more",
+        ) from error
     if device is not None:
         loaded = loaded.to(device)
     return loaded.eval()

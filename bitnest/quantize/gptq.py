@@ -34,6 +34,7 @@ from bitnest.quantize.codecs.integer import Grid, IntCodec
 
 BLOCK = 128  # columns whose compensation of the rest is applied in one product
 MAX_DAMPINGS = 8  # from 1 % of the mean diagonal to far beyond all of it
+REFIT_BYTES = 16 << 20  # of the normal equations that are solved at once
 RIDGE = 1e-4  # share of the mean diagonal that holds refitted scales where they are
 SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
 STEP = 16  # columns compensated one by one; the block's rest follows once per step
@@ -120,7 +121,14 @@ def refit_scales(
 
     pull: (w - w_hat) H, (B, O, I).
     """
-    groups = scales.shape[2]
+    groups, rows = scales.shape[2], max(1, REFIT_BYTES // (4 * scales.shape[2] ** 2 * len(codes)))
+    if rows < codes.shape[1]:  # the (G, G) systems of all rows would not fit: some rows at a time
+        parts = [slice(a, a + rows) for a in range(0, codes.shape[1], rows)]
+        done = [
+            refit_scales(pull[:, p], hessian, codes[:, p], scales[:, p], zeros[:, p], codec, g)
+            for p in parts
+        ]
+        return torch.cat(done, dim=1)
     values = codes - zeros.repeat_interleave(g, dim=2)[..., : codes.shape[2]]
     padding = groups * g - codes.shape[2]
     split = torch.nn.functional.pad(values, (0, padding)).unflatten(2, (groups, g))

@@ -8,6 +8,7 @@ block in float32 with the copies its reading needs; an eighth of the rest may ho
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,14 +42,15 @@ class Budget:
             return cls(None, WORK)
         block = max(sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks)
         largest = max(p.numel() for b in skeleton.blocks for p in b.parameters())
-        matrix = max(_matrix_bytes([site]) for site in sites)
+        matrix = max(_matrix_bytes(group) for group in _solved_together(sites))
         fixed = resident_bytes() + block + 2 * largest * skeleton.checkpoint.dtype.itemsize
         rest = memory - fixed
         if rest < matrix:
+            enough = math.ceil(10 * (fixed + 2 * matrix) / 2**30) / 10 + 0.1
             raise RecipeError(
                 f"--memory {memory / 2**30:.2f}GiB is too little: one block and the work on its "
                 f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
-                hint=f"--memory {(fixed + 2 * matrix) / 2**30:.1f}GiB or more",
+                hint=f"--memory {enough:.1f}GiB or more",
             )
         return cls(rest // 8, min(WORK, rest // 2))
 
@@ -59,6 +61,15 @@ class Budget:
             experts.setdefault(site.expert, []).append(site)
         largest = max(_matrix_bytes(group) for group in experts.values())
         return max(1, min(len(experts), self.work // largest))
+
+
+def _solved_together(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites that may be stacked: those of one parent module and width, or of one expert."""
+    together: dict[tuple[str, int | None, int], list[Site]] = {}
+    for site in sites:
+        parent = site.module if site.param != "weight" else site.module.rpartition(".")[0]
+        together.setdefault((parent, site.expert, site.shape[1]), []).append(site)
+    return list(together.values())
 
 
 def _matrix_bytes(sites: Sequence[Site]) -> int:

@@ -4,7 +4,7 @@ vLLM pins its own torch and transformers, so it lives in an environment of its o
 as a command. The child runs in its own session: SIGINT and SIGTERM reach it once, passed on from
 here. The API key travels in the child's environment, where other users cannot read it.
 
-Left out on purpose: installing vLLM, and choosing its options; everything after `--` goes to it.
+Left out on purpose: installing vLLM, and choosing its options.
 """
 
 from __future__ import annotations
@@ -41,13 +41,7 @@ def serve_with_vllm(
         TargetError: the directory is in a format vLLM does not read.
     """
     _check_readable(directory)
-    command = shutil.which(vllm_bin or "vllm")
-    if command is None:
-        raise MissingExtra(
-            f"vllm is not installed: no command '{vllm_bin or 'vllm'}'",
-            hint="install it in an environment of its own (pip install vllm) and name its command "
-            "with --vllm-bin, or serve without --engine vllm",
-        )
+    command = find_vllm(vllm_bin)
     arguments = [
         command,
         "serve",
@@ -61,6 +55,22 @@ def serve_with_vllm(
     return _run([*arguments, *extra_args], environment)
 
 
+def find_vllm(vllm_bin: str | None = None) -> str:
+    """Path of the vllm command: `vllm_bin`, or the one on the PATH.
+
+    Raises:
+        MissingExtra: there is none.
+    """
+    command = shutil.which(vllm_bin or "vllm")
+    if command is None:
+        raise MissingExtra(
+            f"vllm is not installed: no command '{vllm_bin or 'vllm'}'",
+            hint="install it in an environment of its own (pip install vllm) and name its command "
+            "with --vllm-bin, or serve without --engine vllm",
+        )
+    return command
+
+
 def _check_readable(directory: Path) -> None:
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
@@ -71,7 +81,7 @@ def _check_readable(directory: Path) -> None:
         raise TargetError(
             "vLLM does not read bitnest's own format",
             where=str(directory),
-            hint="export it first: bitnest export DIR --to compressed-tensors",
+            hint="export it first: bitnest export DIR -o OUT --for vllm-cuda",
         )
 
 
