@@ -1,6 +1,6 @@
 """bitnest: compress large language models, prove what was lost, and serve them.
 
-The verbs of the command line are functions here: `compress`, `load`, `evaluate`, `export`. They are
+The verbs of the command line are functions here: `compress`, `load`, `evaluate`, `export` ... They are
 imported when first used. Importing bitnest makes transformers open its artifacts:
 `AutoModelForCausalLM.from_pretrained(ARTIFACT)`.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bitnest.packed import registration as _registration
 
 if TYPE_CHECKING:
+    from bitnest.api import compare_formats as compare_formats
     from bitnest.api import compress as compress
     from bitnest.api import evaluate as evaluate
     from bitnest.api import export as export
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitnestError", "compress", "evaluate", "export", "inspect", "load", "load_tokenizer",
+    "BitnestError", "compare_formats", "compress", "evaluate", "export", "inspect", "load",
+    "load_tokenizer",
 ]  # fmt: skip
 
 _registration.install()

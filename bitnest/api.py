@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bitnest.artifact import Artifact, SiteRecord, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import CheckpointError, RecipeError
+from bitnest.formats import parse_format
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import Recipe, Rule, default_format
@@ -24,11 +25,12 @@ from bitnest.recipe import Recipe, Rule, default_format
 if TYPE_CHECKING:
     from bitnest.calibrate.data import CalibrationSet
     from bitnest.eval.evaluate import EvalReport
+    from bitnest.quantize.compare import Comparison
     from bitnest.quantize.compress import Progress
 
 __all__ = [
-    "CompressResult", "Group", "compress", "evaluate", "export", "inspect", "load",
-    "load_tokenizer",
+    "CompressResult", "Group", "compare_formats", "compress", "evaluate", "export", "inspect",
+    "load", "load_tokenizer",
 ]  # fmt: skip
 
 DEFAULT_SAMPLES = 64
@@ -113,7 +115,7 @@ def compress(
     Raises:
         BitnestError: before work starts for whatever can be known then.
     """
-    from bitnest.quantize.compress import prepare, run, with_calibration
+    from bitnest.quantize.compress import prepare, run, wants_calibration, with_calibration
 
     recipe = Recipe(
         format=default_format(bits, format, group),
@@ -135,7 +137,7 @@ def compress(
         compute=compute,
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    if method != "rtn":
+    if wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
         calibration = _calibration(tokenizer, data, samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
@@ -154,7 +156,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
     files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}
     packed = [r for r in artifact.packed() if r.format != "dense"]
     weights = sum(r.site.numel for r in packed) or 1
-    widths = sum(r.site.numel * int(r.format[3]) for r in packed)
+    widths = sum(r.site.numel * parse_format(r.format).bits for r in packed)
     minimum = artifact.manifest["recipe"]["min_tokens"]
     experts = {(r.site.layer, r.site.expert) for r in packed if r.site.expert is not None}
     starved = {
@@ -204,6 +206,56 @@ def evaluate(
 
     texts = list(data) or [f"demo={demo.evaluation_text()}"]
     return run(models, against=against, data=texts, **options)
+
+
+def compare_formats(
+    model: str | Path,
+    *,
+    formats: Sequence[str] = (),
+    sites: str | None = None,
+    per_kind: int = 64,
+    calibrate: bool = True,
+    data: Sequence[str] = (),
+    samples: int = 32,
+    length: int = 256,
+    clip: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """QSNR, H-weighted error and crest factors of every format on the weights of `model`.
+
+    formats: names; none means the catalogue's uniform ones. sites: a pattern as in rules. per_kind:
+    sites measured of each kind, at most. calibrate: False looks at weights only, without `data`.
+    The rest as in `compress`.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    from bitnest.quantize.compare import choose_sites, compare, parse_formats
+    from bitnest.quantize.compress import prepare, with_calibration
+
+    chosen = parse_formats(formats, data=calibrate)
+    checkpoint = Checkpoint.open(model)
+    job = prepare(
+        checkpoint,
+        Recipe(method="rtn", clip=clip, seed=seed),
+        trust_remote_code=trust_remote_code,
+        device=device,
+        memory=memory,
+    )
+    measured = choose_sites(job.sites, sites, per_kind)
+    if calibrate:
+        _check_length(job.skeleton.model.config, length)
+        tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+        calibration = _calibration(tokenizer, data, samples, length, seed)
+        _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+        job = with_calibration(job, calibration)
+    return compare(
+        job, chosen, measured, pattern=sites, per_kind=per_kind, clip=clip, progress=progress
+    )
 
 
 def export(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.errors import ArtifactError, BitnestError
-from bitnest.formats import IntFormat, parse_format
+from bitnest.formats import parse_format
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 from bitnest.sites import Site
 
@@ -146,9 +146,8 @@ def is_artifact(path: Path) -> bool:
 
 
 def site_tensors(record: SiteRecord, headers: dict[str, TensorInfo]) -> dict[str, Any]:
-    """The stored tensors of one site, by part name: codes, scales, zeros, or weight."""
-    fmt = parse_format(record.format)
-    parts = list(fmt.tensors(record.site.shape)) if isinstance(fmt, IntFormat) else ["weight"]
+    """The stored tensors of one site, by part name (see `formats`)."""
+    parts = parse_format(record.format).parts(record.site.shape)
     return {part: read_tensor(headers[f"{record.site.name}.{part}"]) for part in parts}
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bitnest.errors import RecipeError
-from bitnest.formats import DenseFormat, Format, IntFormat, parse_format
+from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
 from bitnest.sites import KINDS, Site
 
 METHODS = ("gptq", "rtn")
@@ -113,13 +113,13 @@ class Recipe:
                 hint="for example --damp 0.01",
             )
 
-    def formats(self, sites: Sequence[Site], itemsize: int) -> dict[str, Format]:
+    def formats(self, sites: Sequence[Site], itemsize: int) -> dict[str, AnyFormat]:
         """The format of every site. itemsize: bytes of a source value, for dense sites.
 
         Raises:
             RecipeError: a rule that matches no site.
         """
-        chosen: dict[str, Format] = {}
+        chosen: dict[str, AnyFormat] = {}
         for site in sites:
             name = "dense" if site.kind == "router" else self.format
             chosen[site.name] = _sized(parse_format(name), itemsize)
@@ -160,8 +160,8 @@ def default_format(bits: float | None, fmt: str | None, group: int | None) -> st
             f"--bits {bits:g}: one width for all sites must be a whole number",
             hint="mix widths by --rule, for example --bits 3 --rule 'kind:attention=int4-g128'",
         )
-    return IntFormat(int(bits), DEFAULT_GROUP if group is None else group).name
+    return integer(int(bits), DEFAULT_GROUP if group is None else group).name
 
 
-def _sized(fmt: Format, itemsize: int) -> Format:
+def _sized(fmt: AnyFormat, itemsize: int) -> AnyFormat:
     return replace(fmt, itemsize=itemsize) if isinstance(fmt, DenseFormat) else fmt

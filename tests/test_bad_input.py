@@ -482,7 +482,7 @@ def test_permission_denied(victim: str, place: Place) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--bits", "1"],
+        ["--bits", "0"],
         ["--bits", "9"],
         ["--bits", "3.5"],
         ["--bits", "-4"],
@@ -531,7 +531,7 @@ def test_options_that_do_not_parse(options: list[str], place: Place) -> None:
 
 def test_the_real_command_ends_with_status_two(place: Place) -> None:
     before = place.listing()
-    done = run_command(*place.command("--bits", "1"))
+    done = run_command(*place.command("--bits", "0"))
     check(done.returncode, done.stdout, done.stderr)
     assert done.stderr.splitlines()[-1].startswith("  hint: ")
     assert place.listing() == before

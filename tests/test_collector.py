@@ -8,9 +8,9 @@ from torch import nn
 
 from bitnest.api import summarise
 from bitnest.calibrate.collector import Collector, add_moment, symmetric
-from bitnest.formats import IntFormat
+from bitnest.formats import integer
 from bitnest.quantize import gptq as sweep
-from bitnest.quantize.codecs.integer import IntCodec
+from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.sites import Site
 
 
@@ -57,7 +57,7 @@ def test_refit_in_slices_of_rows_is_the_refit_of_all(monkeypatch: pytest.MonkeyP
     w = torch.randn(2, 24, 64)
     x = torch.randn(2, 200, 64)
     h = x.transpose(1, 2) @ x / 200
-    codec = IntCodec(IntFormat(3, 16))
+    codec = BlockCodec(integer(3, 16))
     whole = sweep.gptq(w, h, codec)
     monkeypatch.setattr(sweep, "REFIT_BYTES", 4 * 16 * 2 * 5)  # five rows of 4 x 4 systems, twice
     sliced = sweep.gptq(w, h, codec)

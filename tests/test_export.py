@@ -27,10 +27,12 @@ from bitnest.artifact import Artifact, SiteRecord
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import ArtifactError, BitnestError, TargetError
 from bitnest.export import compressed_tensors as exporter
+from bitnest.export import tensors
 from bitnest.export.compressed_tensors import export_compressed_tensors
 from bitnest.export.engines import ENGINES
+from bitnest.export.numpy_decoder import stream
 from bitnest.export.schemes import quantization_config, scheme_of
-from bitnest.export.verify import _stream, verify_export
+from bitnest.export.verify import verify_export
 from bitnest.quantize.compress import prepare, run
 from bitnest.recipe import Recipe, Rule
 from bitnest.sites import Site
@@ -167,8 +169,8 @@ def test_bitstream_crossing_words_is_read_by_hand_computed_values() -> None:
     # 3-bit codes 0..7, 0..: the stream's bytes are 0o76543210 repeated, three bytes per eight codes
     chunk = (0o76543210).to_bytes(3, "little")
     words = np.frombuffer(chunk * 4, "<i4").reshape(1, 3)
-    assert _stream(words, 3, 32).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7] * 4]
-    assert _stream(words, 3, 5).tolist() == [[0, 1, 2, 3, 4]]
+    assert stream(words, 3, 32).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7] * 4]
+    assert stream(words, 3, 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_layout_on_disk_is_the_documented_one(moe4: Path, tmp_path: Path) -> None:
@@ -272,6 +274,13 @@ def test_short_last_group_is_refused(dense: Path, tmp_path: Path) -> None:
     assert "g32" in caught.value.hint
 
 
+def test_group_wider_than_the_matrix_is_refused(dense: Path, tmp_path: Path) -> None:
+    artifact = compress(dense, tmp_path / "a", "int4-g128")  # q_proj has 64 input channels
+    with pytest.raises(TargetError, match="64 input channels") as caught:
+        export_compressed_tensors(artifact, tmp_path / "e")
+    assert "g64" in caught.value.hint
+
+
 def test_experts_fused_on_disk_are_refused(tmp_path: Path) -> None:
     config = GptOssConfig(
         **{**SHAPES, "intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2
@@ -364,7 +373,7 @@ def test_without_an_engine_every_engines_limits_are_noted(moe: Path, tmp_path: P
 def test_a_wrong_bit_is_found_and_the_export_removed(
     moe4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporter.read_tensor
+    real = tensors.read_tensor
     seen = []
 
     def flipped(info: Any) -> torch.Tensor:
@@ -374,8 +383,7 @@ def test_a_wrong_bit_is_found_and_the_export_removed(
             tensor[-1, -1] ^= 1 << 31
         return tensor
 
-    monkeypatch.setattr(exporter, "_check_scales", lambda *_: None)
-    monkeypatch.setattr(exporter, "read_tensor", flipped)
+    monkeypatch.setattr(tensors, "read_tensor", flipped)
     with pytest.raises(ArtifactError, match="does not decode") as caught:
         export_compressed_tensors(moe4, tmp_path / "e")
     assert "model.layers.0" in caught.value.where

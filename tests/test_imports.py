@@ -36,6 +36,8 @@ def group(module: str) -> str:
     head = module.partition(".")[0]
     if head in {"api", "cli", "__main__"}:
         return VERBS
+    if head == "formats":  # a noun that outgrew its file
+        return "nouns"
     return head if (PACKAGE / head).is_dir() and head else "nouns"
 
 
@@ -92,7 +94,8 @@ def test_imports_point_downwards() -> None:
 
 def test_every_folder_has_a_rank() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
-    assert folders - {"demo", "cli"} == {name for names in RANKS for name in names} & folders
+    ranked = {name for names in RANKS for name in names} & folders
+    assert folders - {"demo", "cli", "formats"} == ranked
 
 
 def test_demo_needs_nothing_of_the_package_to_say_where_it_lies() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from bitnest.errors import FormatError, RecipeError
-from bitnest.formats import DenseFormat, IntFormat, parse_format
+from bitnest.formats import DenseFormat, integer, parse_format
 from bitnest.recipe import Recipe, Rule, default_format
 from bitnest.sites import Site
 
@@ -26,7 +26,7 @@ def test_names_read_back_to_the_same_format(bits: int, tail: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int1-g128", "int9-g128", "int4-g7", "int4-g256", "int4", "fp4", "", "int4-g0"]
+    "name", ["int0-g128", "int9-g128", "int4-g7", "int4-g256", "int4", "fp4", "", "int4-g0"]
 )
 def test_impossible_formats_are_refused_by_name(name: str) -> None:
     with pytest.raises(FormatError) as caught:
@@ -38,7 +38,7 @@ def test_later_rules_win_and_routers_stay_dense() -> None:
     recipe = Recipe(rules=(Rule.parse("*=int8-g64"), Rule.parse("kind:attention=dense")))
     formats = recipe.formats(SITES, 2)
     assert formats[SITES[0].name] == DenseFormat(2)
-    assert formats[SITES[1].name] == IntFormat(8, 64)
+    assert formats[SITES[1].name] == integer(8, 64)
     assert Recipe().formats(SITES, 4)[SITES[2].name] == DenseFormat(4)
 
 

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from bitnest import __version__
-from bitnest.cli import compress, eval, export, inspect, serve
+from bitnest.cli import compare_formats, compress, eval, export, formats, inspect, serve
 from bitnest.cli.render import print_error
 from bitnest.errors import BitnestError
 
@@ -31,6 +31,8 @@ app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
+app.command("formats")(formats.command)
+app.command("compare-formats")(compare_formats.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from bitnest.errors import BitnestError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from bitnest.api import CompressResult
 
 
@@ -38,6 +41,18 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1024
     raise AssertionError
+
+
+def wide_console(*tables: Table) -> Console:
+    """A console on stdout, wide enough for `tables` whatever the terminal: cells stay whole."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(soft_wrap=True)
+    room = console.options.update(max_width=1000)
+    needed = [Measurement.get(console, room, table).maximum for table in tables]
+    console.width = max(console.width, *needed)
+    return console
 
 
 class Bars:

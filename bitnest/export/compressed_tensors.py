@@ -1,20 +1,16 @@
-"""Export to compressed-tensors' `pack-quantized` files, which vLLM and transformers load.
+"""Export to compressed-tensors files, which vLLM and transformers load.
 
     config.json                 the source's, with quantization_config (see schemes.py)
-    model-*.safetensors         dense tensors byte for byte, then one file per decoder block:
-      <site>.weight_packed      int32 (O, ceil(I*b/32)), the artifact's codes as they are: a dense
-                                little-endian bitstream per row, symmetric codes as q + 2^(b-1)
-      <site>.weight_scale       model dtype (O, G)
-      <site>.weight_shape       int64 [2] = (O, I)
-      <site>.weight_zero_point  int32 (ceil(O*b/32), G), asymmetric only, packed along the rows
+    model-*.safetensors         dense tensors byte for byte, then one file per decoder block with
+                                <site>.weight_packed or .weight, .weight_scale, ... (tensors.py)
     tokenizer and generation files, copied
 
 Everything is checked before anything is written. The directory is written beside its place, read
 back and compared with the artifact weight by weight (verify.py), and only then renamed; after an
 error nothing of it remains. The compressed-tensors package is not needed.
 
-Left out: activation schemes, floating-point weights, and packed experts of families whose
-checkpoints keep them in one tensor.
+Left out: activation schemes, and packed experts of families whose checkpoints keep them in one
+tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,16 +29,13 @@ import torch
 from bitnest.artifact import MANIFEST, Artifact, SiteRecord
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
+from bitnest.export.layouts import packed_format, packed_layout
+from bitnest.export.rules import check_layout, formats_of, packed_sites
 from bitnest.export.schemes import quantization_config
-from bitnest.export.targets import (
-    check_engine,
-    check_layout,
-    engine_notes,
-    int_format,
-    packed_sites,
-)
+from bitnest.export.targets import check_engine, engine_notes
+from bitnest.export.tensors import entries
 from bitnest.export.verify import verify_export
-from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
+from bitnest.safetensors_io import TensorInfo, read_header, read_tensor, write_file
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -84,7 +77,7 @@ def export_compressed_tensors(
     engine: str | None = None,
     verify: bool = True,
 ) -> ExportResult:
-    """Write the artifact in `artifact_path` as a pack-quantized model directory `out`.
+    """Write the artifact in `artifact_path` as a compressed-tensors model directory `out`.
 
     engine: refuse what this engine (see `engines.ENGINES`) cannot run; None refuses only what the
     files cannot say and turns engines' limits into notes. verify: decode every weight of the
@@ -98,12 +91,10 @@ def export_compressed_tensors(
     artifact, out = Artifact.open(artifact_path), Path(out)
     config = _read_json(artifact.path / CONFIG)
     check_layout(artifact.records)
-    if engine is None:
-        notes = engine_notes(artifact.records, config)
-    else:
-        notes = check_engine(engine, artifact.records, config)
     dense = _dense_tensors(artifact)
     dtype = _model_dtype(config, dense)
+    facts = (artifact.records, config, _global_scales(artifact), str(dtype).partition(".")[2])
+    notes = engine_notes(*facts) if engine is None else check_engine(engine, *facts)
     config["quantization_config"] = quantization_config(artifact.records, _dense_linears(dense))
     _check_scales(artifact, dtype)
     _check_place(artifact, out, dtype)
@@ -112,12 +103,11 @@ def export_compressed_tensors(
     with _partial_directory(out) as work:
         _write(artifact, work, config, dense, dtype)
         verified, verifier = verify_export(artifact, work, dtype) if verify else (0, "")
-    formats: dict[str, int] = {}
-    for record in packed_sites(artifact.records):
-        formats[record.format] = formats.get(record.format, 0) + 1
-    odd = sorted({int_format(r).bits for r in packed_sites(artifact.records)})
-    if odd := [bits for bits in odd if bits in DENSE_STREAM_BITS]:
-        widths = "/".join(map(str, odd))
+    formats = formats_of(artifact.records)
+    layouts = {packed_layout(record) for record in packed_sites(artifact.records)}
+    odd = {lay.bits for lay in layouts if lay.family == "int"} & {*DENSE_STREAM_BITS}
+    if odd:
+        widths = "/".join(map(str, sorted(odd)))
         notes.append(f"{widths}-bit weights need readers with compressed-tensors 0.18 or newer")
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return ExportResult(
@@ -145,7 +135,8 @@ def _write(
             shutil.copyfile(dense_files[number], file)
         else:
             block = sorted(packed)[number - len(dense_files)]
-            write_file(file, _packed_entries(artifact, packed[block], dtype))
+            headers = read_header(artifact.path / block)
+            write_file(file, [e for r in packed[block] for e in entries(r, headers, dtype)])
         for tensor, info in read_header(file).items():
             weight_map[tensor] = file.name
             total += info.nbytes
@@ -153,31 +144,6 @@ def _write(
     _write_json(work / CONFIG, config)
     for name in _other_files(artifact):
         shutil.copyfile(artifact.path / name, work / name)
-
-
-def _packed_entries(
-    artifact: Artifact, records: list[SiteRecord], dtype: torch.dtype
-) -> list[Entry]:
-    """The tensors of one block's sites, read when they are written."""
-    headers = read_header(artifact.path / records[0].file)
-    entries = []
-    for record in records:
-        name, shape = record.site.name, record.site.shape
-        parts = {key: headers[f"{name}.{key}"] for key in int_format(record).tensors(shape)}
-        entries.append(_entry(f"{name}.weight_packed", parts["codes"], torch.int32))
-        entries.append(_entry(f"{name}.weight_scale", parts["scales"], dtype))
-        entries.append(Entry(f"{name}.weight_shape", torch.int64, (2,), _constant(shape)))
-        if "zeros" in parts:
-            entries.append(_entry(f"{name}.weight_zero_point", parts["zeros"], torch.int32))
-    return entries
-
-
-def _entry(name: str, info: TensorInfo, dtype: torch.dtype) -> Entry:
-    return Entry(name, dtype, info.shape, lambda: read_tensor(info).to(dtype))
-
-
-def _constant(shape: tuple[int, int]) -> Callable[[], torch.Tensor]:
-    return lambda: torch.tensor(shape, dtype=torch.int64)
 
 
 def _dense_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
@@ -224,9 +190,22 @@ def _model_dtype(config: dict[str, Any], dense: dict[str, TensorInfo]) -> torch.
     return names[max(known, key=sizes.__getitem__)]
 
 
+def _global_scales(artifact: Artifact) -> dict[str, float]:
+    """Of every NVFP4 site, by name."""
+    headers = artifact.headers()
+    return {
+        record.site.name: float(read_tensor(headers[f"{record.site.name}.global"]))
+        for record in packed_sites(artifact.records)
+        if packed_layout(record).family == "nvfp4"
+    }
+
+
 def _check_scales(artifact: Artifact, dtype: torch.dtype) -> None:
+    """16-bit scales must survive the model's dtype; other scales go over as they are."""
     headers = artifact.headers()
     for record in packed_sites(artifact.records):
+        if packed_format(record).scale != "half":
+            continue
         info = headers[f"{record.site.name}.scales"]
         scales = read_tensor(info)
         if scales.dtype == dtype:

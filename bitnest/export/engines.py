@@ -1,9 +1,14 @@
-"""What each engine runs of pack-quantized integer weights: facts, one table, with their versions.
+"""What each engine runs of compressed-tensors' weight-only schemes: one table, with versions.
 
 Sources: compressed-tensors 0.20 (compressors/pack_quantized, quantization/lifecycle), vLLM 0.32
 (layers/quantization/compressed_tensors, kernels/linear/mixed_precision, and of fused_moe
 oracle/int_wna16 and experts), transformers 5.23 (integrations/compressed_tensors). The vLLM-CPU and
-transformers lines were also run; those for CUDA were read.
+transformers lines for integers were also run; those for CUDA were read.
+
+Float families were run in transformers, in vLLM only read about. In transformers' experts
+(`CompressedTensorsDequantize.convert`) 8-bit floats are multiplied by the stored scale as it is,
+which is right for channels and tensors but neither for blocks nor for E8M0 exponents, and NVFP4
+loses its global scale.
 """
 
 from __future__ import annotations
@@ -12,20 +17,12 @@ from dataclasses import dataclass
 
 ALL_BITS = (2, 3, 4, 5, 6, 7, 8)
 DENSE_STREAM_BITS = (3, 5, 6, 7)  # packed as one bitstream since compressed-tensors 0.18
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("wq", "wk", "wv"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-)  # matrices that vLLM loads as one
+FLOATS = ("fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4")  # families of `layouts`
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What one engine runs of pack-quantized integer weights.
+    """What one engine runs.
 
     source: where the facts were read. bits, asymmetric_bits: widths that run as installed.
     extra_bits: widths that run once the package `extra` is installed. groups: group sizes for
@@ -33,8 +30,11 @@ class Engine:
     divide by it. expert_bits: widths of experts. expert_channel, expert_asymmetric: whether experts
     may have one scale per row, zero points. min_top_k: experts per token at least.
     one_expert_scheme: all layers' fused experts share one, and none is dense. whole_words: packed
-    rows of experts and packed zero points must fill their 32-bit words. note: said with every
-    export for it; expert_note: if experts are packed.
+    rows of experts and packed zero points must fill their 32-bit words. floats, expert_floats:
+    float families of linears and experts. fuses: whether q/k/v and gate/up become one matrix.
+    to_bfloat16: families it decodes to that type whatever the model's, which then fails unless
+    loaded in it. note: said with every export for it; expert_note: if experts are packed integers;
+    float_note: with any float family; fp8_expert_note: with FP8 experts.
     """
 
     source: str
@@ -50,8 +50,14 @@ class Engine:
     min_top_k: int = 1
     one_expert_scheme: bool = False
     whole_words: bool = True
+    floats: tuple[str, ...] = FLOATS
+    expert_floats: tuple[str, ...] = ()
+    fuses: bool = True
+    to_bfloat16: tuple[str, ...] = ()
     note: str = ""
     expert_note: str = ""
+    float_note: str = ""
+    fp8_expert_note: str = ""
 
 
 ENGINES: dict[str, Engine] = {
@@ -63,6 +69,10 @@ ENGINES: dict[str, Engine] = {
         extra_bits=(2, 3, 5, 6, 7),
         extra="humming (SM75 or newer)",
         groups=(None, 32, 64, 128),
+        expert_floats=FLOATS,
+        float_note="vllm-cuda is documented to run float weights; this export was not tried there",
+        fp8_expert_note="vllm-cuda: FP8 experts usually come with an activation scheme; whether it "
+        "loads weight-only ones was not tried",
     ),
     "vllm-cpu": Engine(
         source="vLLM 0.32.0: kernels/linear/mixed_precision/cpu.py, fused_moe/experts/*_moe.py",
@@ -73,6 +83,8 @@ ENGINES: dict[str, Engine] = {
         expert_channel=False,
         expert_asymmetric=False,
         min_top_k=2,
+        floats=("fp8", "fp8-block"),
+        float_note="vllm-cpu is documented to run FP8 linears; this export was not tried there",
         expert_note="4-bit experts on a CPU need AMX, or AMD with zentorch, and bfloat16",
     ),
     "transformers": Engine(
@@ -83,6 +95,9 @@ ENGINES: dict[str, Engine] = {
         expert_asymmetric=False,
         one_expert_scheme=True,
         whole_words=False,
+        expert_floats=("fp8", "mxfp4"),
+        fuses=False,
+        to_bfloat16=("mxfp4", "mxfp8", "nvfp4"),
         note="transformers decodes the whole model to 16 bit when it first runs",
     ),
 }

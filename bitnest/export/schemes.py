@@ -1,15 +1,18 @@
-"""The `quantization_config` of a pack-quantized export: which module is read by which scheme.
+"""The `quantization_config` of an export: which module is read by which scheme.
 
-    one format      config_groups: {group_0: {targets: ["Linear"], ...}}, the rest under `ignore`
-    several         one group per format, its modules named by anchored regular expressions, as
+    one scheme      config_groups: {group_0: {targets: ["Linear"], ...}}, the rest under `ignore`
+    several         one group per scheme, its modules named by anchored regular expressions, as
                     re:(.*\\.)?layers\\.(0|3)\\.self_attn\\.q_proj$
+
+Every group names its file format. The top level repeats it, or says `mixed-precision` where groups
+differ.
 
 A pattern folds the numbers of layers and experts. It starts at the list of layers, because some
 engines put the model under another prefix. That its own group alone matches a packed matrix, and
 none a dense one, is checked by enumeration.
 
 Engines look up a layer's experts by the name of expert 0, so patterns say any expert number: the
-layer's experts share one scheme, as `targets.check_layout` made sure.
+layer's experts share one scheme, as `rules.check_layout` made sure.
 
 Left out: activations and the KV cache, which stay 16-bit.
 """
@@ -22,8 +25,8 @@ from typing import Any
 
 from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
-from bitnest.export.targets import int_format, packed_sites
-from bitnest.formats import IntFormat
+from bitnest.export.layouts import MIXED, Layout, layout_of, packed_layout
+from bitnest.export.rules import packed_sites
 
 LAYOUT_VERSION = "0.19.0"  # of compressed-tensors, whose files these are byte for byte
 HEAD = "lm_head"  # exists in the model even if tied and so not in the checkpoint
@@ -42,17 +45,18 @@ def quantization_config(records: Sequence[SiteRecord], dense: Iterable[str]) -> 
     names = {record.site.name for record in packed}
     rest = [record for record in records if record.site.name not in names]
     outside = sorted({HEAD, *dense} - {record.site.name for record in records})
-    formats = sorted({record.format for record in packed})
+    layouts = _layouts(packed)
     groups: dict[str, Any] = {}
-    for number, name in enumerate(formats):
-        own = [record for record in packed if record.format == name]
-        targets = ["Linear"] if len(formats) == 1 else _patterns(own, records)
-        groups[f"group_{number}"] = _group(int_format(own[0]), targets)
+    for number, layout in enumerate(layouts):
+        own = [record for record in packed if packed_layout(record) == layout]
+        targets = ["Linear"] if len(layouts) == 1 else _patterns(own, records)
+        groups[f"group_{number}"] = _group(layout, targets)
+    formats = {layout.format for layout in layouts}
     ignore = [*_ignored(rest, records), *outside]
     config = {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
@@ -82,21 +86,23 @@ def scheme_of(config: dict[str, Any], name: str) -> str | None:
     return found[0] if found else None
 
 
-def _group(fmt: IntFormat, targets: list[str]) -> dict[str, Any]:
+def _layouts(packed: Sequence[SiteRecord]) -> list[Layout]:
+    """The schemes in use, those of experts first, then in the order of the formats' names.
+
+    transformers reads experts by the first group whose patterns contain "experts", which those of
+    `shared_experts` do too.
+    """
+    ordered = sorted(packed, key=lambda record: (record.site.kind != "expert", record.format))
+    return list(dict.fromkeys(packed_layout(record) for record in ordered))
+
+
+def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
-        "format": "pack-quantized",
+        "format": layout.format,
         "input_activations": None,
         "output_activations": None,
-        "weights": {
-            "num_bits": fmt.bits,
-            "type": "int",
-            "symmetric": fmt.symmetric,
-            "strategy": "channel" if fmt.group is None else "group",
-            "group_size": fmt.group,
-            "dynamic": False,
-            "actorder": None,
-        },
+        "weights": layout.arguments,
     }
 
 
@@ -147,10 +153,10 @@ def _check_exact(
     config: dict[str, Any], records: Sequence[SiteRecord], outside: Sequence[str]
 ) -> None:
     expected: dict[str, str | None] = dict.fromkeys(outside)
-    formats = sorted({record.format for record in packed_sites(records)})
+    layouts = _layouts(packed_sites(records))
     for record in records:
-        packed = record.format in formats
-        group = f"group_{formats.index(record.format)}" if packed else None
+        layout = layout_of(record)
+        group = None if layout is None else f"group_{layouts.index(layout)}"
         expected[record.site.name] = group
     for name, group in expected.items():
         found = scheme_of(config, name)

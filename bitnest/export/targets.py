@@ -1,11 +1,15 @@
-"""What engines can load of a pack-quantized model: the checks, all before anything is written.
+"""What one engine can run of an export: the checks against the table in engines.py.
 
-`check_layout` holds the rules of the file format and of fused layers, true for every engine;
-`check_engine` holds one engine's, from the table in engines.py. Both refuse the first site that
-breaks a rule, by name.
+`check_engine` refuses the first site that the engine cannot run, by name, before anything is
+written; `engine_notes` asks every engine and turns refusals into notes. The rules of the files
+themselves are in `rules`.
 
-Engines load some matrices as one: q/k/v, gate/up, and all experts of a layer. Those must share one
-scheme, dense counting as a scheme too; a mix would be misread silently or fail while loading.
+An engine that loads matrices as one (`Engine.fuses`) has more to ask of two float families:
+
+    fp8 blocks   the 128 x 128 grid is laid over the fused matrix: each part but the last has
+                 128 n rows, and all have 128 n columns
+    nvfp4        one global scale per fused matrix. vLLM divides all parts by the largest stored
+                 one, so a part of smaller global scale would come out too small by their ratio
 
 Left out: tensor parallelism. Every rule about divisibility then holds per rank.
 """
@@ -17,34 +21,22 @@ from typing import Any
 
 from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
-from bitnest.export.engines import ENGINES, FUSED, Engine
-from bitnest.formats import IntFormat, parse_format
+from bitnest.export.engines import ENGINES, Engine
+from bitnest.export.layouts import BLOCK, Layout, packed_layout
+from bitnest.export.rules import check_one_scheme, fused_families, packed_sites
 
 
-def check_layout(records: Sequence[SiteRecord]) -> None:
-    """Refuse what pack-quantized cannot say, whoever reads it. Call before `check_engine`.
-
-    records: every site of the artifact.
-
-    Raises:
-        TargetError: the site and the rule it breaks.
-    """
-    if not packed_sites(records):
-        raise TargetError(
-            "the artifact has no packed weight, there is nothing to export",
-            hint="the checkpoint it was made from loads as it is",
-        )
-    for record in records:
-        if record.file:
-            _check_storage(record)
-    _check_fused(records)
-    _check_experts(records)
-
-
-def check_engine(name: str, records: Sequence[SiteRecord], config: Mapping[str, Any]) -> list[str]:
+def check_engine(
+    name: str,
+    records: Sequence[SiteRecord],
+    config: Mapping[str, Any],
+    global_scales: Mapping[str, float] | None = None,
+    dtype: str = "bfloat16",
+) -> list[str]:
     """Refuse what engine `name` cannot run; returns what the user should know.
 
-    config: the model's config.json.
+    config: the model's config.json. global_scales: of NVFP4 sites, by name; None leaves that check
+    out. dtype: the model's.
 
     Raises:
         TargetError: an unknown engine, or the first site it cannot run.
@@ -66,106 +58,56 @@ def check_engine(name: str, records: Sequence[SiteRecord], config: Mapping[str, 
         )
     if engine.one_expert_scheme:
         _check_all_experts(name, records)
-    notes = [note for note in (engine.note, engine.expert_note if experts else "") if note]
-    widths = sorted({int_format(r).bits for r in packed} & set(engine.extra_bits))
-    if widths:
-        notes.append(f"{name} runs {_widths(widths)} only with the package {engine.extra}")
-    return notes
+    if engine.fuses:
+        _check_fused(name, packed, global_scales or {})
+    return _notes(name, engine, packed, experts, dtype)
 
 
-def engine_notes(records: Sequence[SiteRecord], config: Mapping[str, Any]) -> list[str]:
+def engine_notes(
+    records: Sequence[SiteRecord],
+    config: Mapping[str, Any],
+    global_scales: Mapping[str, float] | None = None,
+    dtype: str = "bfloat16",
+) -> list[str]:
     """What each engine would say to these sites: refusals and notes, for a person to read."""
     notes: list[str] = []
     for name in ENGINES:
         try:
-            notes.extend(check_engine(name, records, config))
+            notes.extend(check_engine(name, records, config, global_scales, dtype))
         except TargetError as error:
             notes.append(f"not for {name}: {error.what} ({error.where})")
     return notes
 
 
-def packed_sites(records: Iterable[SiteRecord]) -> list[SiteRecord]:
-    """Sites stored in packed files with integer codes."""
-    return [record for record in records if record.file and record.format != "dense"]
-
-
-def int_format(record: SiteRecord) -> IntFormat:
-    """The integer format of a packed site.
-
-    Raises:
-        TargetError: it is of a family that pack-quantized does not hold.
-    """
-    fmt = parse_format(record.format)
-    if not isinstance(fmt, IntFormat):
-        raise TargetError(
-            f"format '{record.format}' is not one of plain integers, which pack-quantized holds",
-            where=record.site.name,
-            hint="compress with an int format, for example --format int4-g128",
+def _notes(
+    name: str,
+    engine: Engine,
+    packed: Sequence[SiteRecord],
+    experts: Sequence[SiteRecord],
+    dtype: str,
+) -> list[str]:
+    layouts = {packed_layout(record) for record in packed}
+    families = {layout.family for layout in layouts}
+    of_experts = {packed_layout(record).family for record in experts}
+    said = [engine.note]
+    said += [engine.expert_note] if "int" in of_experts else []
+    said += [engine.float_note] if families - {"int"} else []
+    said += [engine.fp8_expert_note] if of_experts & {"fp8", "fp8-block"} else []
+    widths = {layout.bits for layout in layouts if layout.family == "int"} & {*engine.extra_bits}
+    if widths:
+        said.append(f"{name} runs {_widths(widths)} only with the package {engine.extra}")
+    if dtype != "bfloat16" and (decoded := families & {*engine.to_bfloat16}):
+        said.append(
+            f"{name} decodes {', '.join(sorted(decoded))} to bfloat16: "
+            f"load this {dtype} model with dtype=torch.bfloat16"
         )
-    return fmt
-
-
-def _check_storage(record: SiteRecord) -> None:
-    site = record.site
-    if site.transposed and site.param == "weight":
-        raise TargetError(
-            "the layer keeps its weight transposed (Conv1D); engines have no packed kernel for it",
-            where=site.name,
-            hint="bitnest serve runs this artifact",
-        )
-    fused = site.rows is None and site.param.startswith("gate_up")
-    if site.param != "weight" and (site.transposed or fused):
-        raise TargetError(
-            "the checkpoint keeps all experts in one tensor ("
-            + ("transposed" if site.transposed else "gate and up fused")
-            + "); engines load such a family by those names, without packed experts",
-            where=site.name,
-            hint="bitnest serve runs this artifact; or keep the experts dense",
-        )
-    if record.format == "dense":
-        return  # a mix within its layer: refused with the layer's other experts
-    fmt, columns = int_format(record), site.shape[1]
-    if columns % fmt.group_size(columns):
-        raise TargetError(
-            f"{columns} input channels do not divide into groups of {fmt.group}; "
-            "pack-quantized has no short last group",
-            where=site.name,
-            hint="choose a group that divides, for example "
-            + next((f"g{g}" for g in (128, 64, 32, 16) if columns % g == 0), "channel"),
-        )
-
-
-def _check_fused(records: Sequence[SiteRecord]) -> None:
-    by_name = {record.site.name: record for record in records if record.site.kind != "expert"}
-    for parts in FUSED:
-        for name in by_name:
-            parent, _, leaf = name.rpartition(".")
-            if leaf != parts[0]:
-                continue
-            family = [by_name[n] for p in parts if (n := f"{parent}.{p}") in by_name]
-            names = "/".join(parts)
-            _check_one_scheme(
-                family, f"{names} are loaded as one matrix", f"give {names} one format"
-            )
-
-
-def _check_experts(records: Sequence[SiteRecord]) -> None:
-    layers: dict[int, list[SiteRecord]] = {}
-    for record in records:
-        if record.site.kind == "expert":
-            layers.setdefault(record.site.layer, []).append(record)
-    for family in layers.values():
-        _check_one_scheme(
-            family,
-            "engines load a layer's experts by one scheme",
-            "give all experts of a layer one format; layers may differ",
-        )
+    return [note for note in said if note]
 
 
 def _check_all_experts(name: str, records: Sequence[SiteRecord]) -> None:
     family = [r for r in records if r.site.kind == "expert" and r.site.param != "weight"]
     rule = f"{name} decodes every layer's experts by one scheme"
-    _check_one_scheme(family, rule, "give all experts one format")
+    check_one_scheme(family, rule, "give all experts one format")
     if family and family[0].format == "dense":
         raise TargetError(
             f"{name} cannot load dense experts in a model that has packed weights",
@@ -174,59 +116,95 @@ def _check_all_experts(name: str, records: Sequence[SiteRecord]) -> None:
         )
 
 
-def _check_one_scheme(family: Sequence[SiteRecord], rule: str, hint: str) -> None:
-    for record in family[1:]:
-        if record.format != family[0].format:
+def _check_fused(
+    name: str, packed: Sequence[SiteRecord], global_scales: Mapping[str, float]
+) -> None:
+    for family in fused_families(packed):
+        leaves = "/".join(record.site.name.rpartition(".")[2] for record in family)
+        if packed_layout(family[0]).family == "fp8-block":
+            for record in family[:-1]:
+                if (rows := record.site.shape[0]) % BLOCK:
+                    raise TargetError(
+                        f"{name} lays one grid of {BLOCK} x {BLOCK} blocks over {leaves}; "
+                        f"{rows} rows end within a block",
+                        where=record.site.name,
+                        hint=f"give {leaves} the format fp8-channel",
+                    )
+        found = {
+            global_scales[r.site.name]: r.site.name for r in family if r.site.name in global_scales
+        }
+        if len(found) > 1:
             raise TargetError(
-                f"{rule}, but {family[0].site.name} is {family[0].format} "
-                f"and this is {record.format}",
-                where=record.site.name,
-                hint=hint,
+                f"{name} decodes {leaves} by the largest of their NVFP4 global scales; they "
+                f"differ, and weights would be read up to {max(found) / min(found):.2f} times "
+                "too small",
+                where=found[min(found)],
+                hint=f"compress {leaves} with one global scale, or give them another format "
+                "such as mxfp4",
             )
 
 
 def _check_site(name: str, engine: Engine, record: SiteRecord) -> None:
-    fmt, site = int_format(record), record.site
-    expert = site.kind == "expert"
-    runs = (*(engine.expert_bits if expert else engine.bits), *engine.extra_bits)
-    broken = ""
-    if fmt.bits not in runs:
-        broken = f"runs {_widths(runs)} {'experts' if expert else 'weights'}, not {fmt.bits}-bit"
-    elif expert and not engine.expert_channel and fmt.group is None:
-        broken = "runs experts with groups only, not with one scale per row"
-    elif expert and not engine.expert_asymmetric and not fmt.symmetric:
-        broken = "runs symmetric experts only"
-    elif fmt.bits in engine.bits:
-        broken = _kernel_limits(engine, fmt)
-    if not broken and not expert and any(size % engine.multiple for size in site.shape):
-        broken = f"runs matrices whose sides divide by {engine.multiple}, not {site.shape}"
-    if not broken and engine.whole_words:
-        broken = _partial_word(fmt, site.shape, expert)
+    layout = packed_layout(record)
+    if layout.family == "int":
+        broken = _int_limits(engine, layout, record)
+    else:
+        broken = _float_limits(engine, layout, record)
     if broken:
         raise TargetError(
             f"{name} {broken}",
-            where=site.name,
+            where=record.site.name,
             hint="compress for another engine's rules, keep this site dense "
-            f"(--rule '{site.name}=dense'), or use bitnest serve",
+            f"(--rule '{record.site.name}=dense'), or use bitnest serve",
         )
 
 
-def _kernel_limits(engine: Engine, fmt: IntFormat) -> str:
-    if not fmt.symmetric and not engine.asymmetric_bits:
-        return "cannot load packed zero points"
-    if not fmt.symmetric and fmt.bits not in engine.asymmetric_bits:
-        return f"runs zero points at {_widths(engine.asymmetric_bits)} only, not at {fmt.bits}-bit"
-    if engine.groups and fmt.group not in engine.groups:
-        sizes = ", ".join("channel" if g is None else str(g) for g in engine.groups)
-        return f"runs {fmt.bits}-bit groups of {sizes}, not {fmt.group}"
+def _float_limits(engine: Engine, layout: Layout, record: SiteRecord) -> str:
+    expert = record.site.kind == "expert"
+    if layout.family not in (engine.expert_floats if expert else engine.floats):
+        return f"does not run {layout.family} {'experts' if expert else 'weights'}"
+    if engine.fuses and layout.family == "fp8-block" and record.site.shape[1] % BLOCK:
+        return f"runs blocks over multiples of {BLOCK} input channels, not {record.site.shape[1]}"
     return ""
 
 
-def _partial_word(fmt: IntFormat, shape: tuple[int, int], expert: bool) -> str:
+def _int_limits(engine: Engine, layout: Layout, record: SiteRecord) -> str:
+    site, bits = record.site, layout.bits
+    expert = site.kind == "expert"
+    runs = (*(engine.expert_bits if expert else engine.bits), *engine.extra_bits)
+    broken = ""
+    if bits not in runs:
+        broken = f"runs {_widths(runs)} {'experts' if expert else 'weights'}, not {bits}-bit"
+    elif expert and not engine.expert_channel and layout.group is None:
+        broken = "runs experts with groups only, not with one scale per row"
+    elif expert and not engine.expert_asymmetric and not layout.symmetric:
+        broken = "runs symmetric experts only"
+    elif bits in engine.bits:
+        broken = _kernel_limits(engine, layout)
+    if not broken and not expert and any(size % engine.multiple for size in site.shape):
+        broken = f"runs matrices whose sides divide by {engine.multiple}, not {site.shape}"
+    if not broken and engine.whole_words:
+        broken = _partial_word(layout, site.shape, expert)
+    return broken
+
+
+def _kernel_limits(engine: Engine, layout: Layout) -> str:
+    if not layout.symmetric and not engine.asymmetric_bits:
+        return "cannot load packed zero points"
+    if not layout.symmetric and layout.bits not in engine.asymmetric_bits:
+        widths = _widths(engine.asymmetric_bits)
+        return f"runs zero points at {widths} only, not at {layout.bits}-bit"
+    if engine.groups and layout.group not in engine.groups:
+        sizes = ", ".join("channel" if g is None else str(g) for g in engine.groups)
+        return f"runs {layout.bits}-bit groups of {sizes}, not {layout.group}"
+    return ""
+
+
+def _partial_word(layout: Layout, shape: tuple[int, int], expert: bool) -> str:
     rows, columns = shape
-    if expert and columns * fmt.bits % 32:
+    if expert and columns * layout.bits % 32:
         return f"needs an expert's packed rows to fill 32-bit words; {columns} codes do not"
-    if not fmt.symmetric and rows * fmt.bits % 32:
+    if not layout.symmetric and rows * layout.bits % 32:
         return f"needs packed zero points to fill 32-bit words; {rows} rows do not"
     return ""
 

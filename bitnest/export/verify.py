@@ -1,15 +1,16 @@
 """Proof of an export: every weight is decoded from the written files by other code and compared.
 
 With compressed-tensors installed, its own `decompress` reads the tensors and its own matching finds
-their scheme, as transformers would. Without it, a second decoder in numpy does, written from the
-description of the layout alone and sharing nothing with `kernels/packing.py`:
+their scheme, as transformers would. Without it, `numpy_decoder` does, written from the description
+of the layout alone. Either is compared bit for bit with the artifact's weights in the model dtype.
 
-    code[o, i]  = bits [i*b, (i+1)*b) of row o's little-endian bitstream
-    zero[o, j]  = bits [o*b, (o+1)*b) of column j's bitstream, or 2^(b-1) if symmetric
-    weight[o,i] = (code - zero) * scale[o, i // g], rounded once to the model dtype
+    one rule   compressed-tensors decodes mxfp4, mxfp8 and nvfp4 to bfloat16, whatever the model's
+               dtype. It rounds once, from exact or float32 products, so it is compared with the
+               artifact's decode to bfloat16
 
-Either is compared bit for bit with the artifact's weights in the model dtype. Tensors are read by
-the safetensors library, one weight at a time.
+Floats are compared as stored too, by the numpy decoder in any case: the value of every code, every
+scale in float32, every NVFP4 global scale. Tensors are read by the safetensors library, one weight
+at a time.
 
 Left out: running the model; `benchmarks/vllm_agreement.py` does that.
 """
@@ -23,18 +24,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
-from bitnest.artifact import Artifact, site_tensors
+from bitnest.artifact import Artifact, SiteRecord, site_tensors
 from bitnest.errors import ArtifactError
+from bitnest.export.layouts import packed_format, packed_layout
+from bitnest.export.numpy_decoder import State, decode, read_stored
+from bitnest.export.rules import packed_sites
 from bitnest.export.schemes import scheme_of
-from bitnest.export.targets import int_format, packed_sites
-from bitnest.kernels.dequantize import decode_int
+from bitnest.kernels.decode import code_values
+from bitnest.kernels.decode import decode as decode_artifact
+from bitnest.kernels.scales import unpack_scales
 
-Decoder = Callable[[str, dict[str, torch.Tensor]], torch.Tensor]
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+Decoder = Callable[[str, State], torch.Tensor]
+BFLOAT16_ONLY = ("mxfp4", "mxfp8", "nvfp4")  # families the package decodes to that type
 
 
 def verify_export(
@@ -52,18 +56,20 @@ def verify_export(
     if package is None:
         package = find_spec("compressed_tensors") is not None
     quantization = config["quantization_config"]
-    decoder = _package_decoder(quantization) if package else _numpy_decoder(quantization)
+    decoder = _package_decoder(quantization) if package else _numpy_decoder(quantization, dtype)
     index = json.loads((export / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    weight_map: dict[str, str] = index["weight_map"]
     headers = artifact.headers()
     count = 0
     for record in packed_sites(artifact.records):
-        name = record.site.name
-        state = _read_parts(export, weight_map, name)
-        found = decoder(name, state)
+        name, family = record.site.name, packed_layout(record).family
+        state = _read_parts(export, index["weight_map"], record)
         tensors = site_tensors(record, headers)
-        expected = decode_int(tensors, int_format(record), record.site.shape, dtype)
-        if not _same_bits(found, expected):
+        kind = torch.bfloat16 if package and family in BFLOAT16_ONLY else dtype
+        expected = decode_artifact(tensors, packed_format(record), record.site.shape, kind)
+        same = _same_bits(decoder(name, state), expected)
+        if family != "int":
+            same = same and _same_stored(record, tensors, state, quantization)
+        if not same:
             raise ArtifactError(
                 "the exported weight does not decode to the artifact's",
                 where=f"{name} in {export}",
@@ -74,16 +80,14 @@ def verify_export(
     return count, how
 
 
-def _read_parts(export: Path, weight_map: dict[str, str], name: str) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for part in PARTS:
+def _read_parts(export: Path, weight_map: dict[str, str], record: SiteRecord) -> State:
+    name, state = record.site.name, {}
+    for part in packed_layout(record).parts:
         key = f"{name}.{part}"
-        if key in weight_map:
-            with safe_open(export / weight_map[key], framework="pt") as file:
-                state[part] = file.get_tensor(key)
-    missing = [part for part in PARTS[:3] if part not in state]
-    if missing:
-        raise ArtifactError(f"the export lacks '{missing[0]}'", where=f"{name} in {export}")
+        if key not in weight_map:
+            raise ArtifactError(f"the export lacks '{part}'", where=f"{name} in {export}")
+        with safe_open(export / weight_map[key], framework="pt") as file:
+            state[part] = file.get_tensor(key)
     return state
 
 
@@ -96,7 +100,7 @@ def _package_decoder(config: dict[str, Any]) -> Decoder:
     parsed = QuantizationConfig.model_validate(config)
     linear = torch.nn.Linear(1, 1, device="meta")
 
-    def decode(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    def decode(name: str, state: State) -> torch.Tensor:
         for scheme in parsed.config_groups.values():
             if is_match(name, linear, scheme.targets, parsed.ignore):
                 compressor = BaseCompressor.get_value_from_registry(scheme.format or parsed.format)
@@ -107,36 +111,35 @@ def _package_decoder(config: dict[str, Any]) -> Decoder:
     return decode
 
 
-def _numpy_decoder(config: dict[str, Any]) -> Decoder:
-    """The layout as described above, from the bytes."""
+def _numpy_decoder(config: dict[str, Any], dtype: torch.dtype) -> Decoder:
+    """The layout as `numpy_decoder` describes it, rounded once to `dtype`."""
 
-    def decode(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        group = scheme_of(config, name)
-        if group is None:
-            raise ArtifactError("the config has no scheme for a weight", where=name)
-        args = config["config_groups"][group]["weights"]
-        bits = args["num_bits"]
-        rows, columns = (int(x) for x in state["weight_shape"])
-        codes = _stream(state["weight_packed"].numpy(), bits, columns)
-        scale = state["weight_scale"].to(torch.float32).numpy()
-        if args["symmetric"]:
-            zero = np.full(scale.shape, 1 << (bits - 1), np.int64)
-        else:
-            packed = state["weight_zero_point"].numpy()
-            zero = _stream(np.ascontiguousarray(packed.T), bits, rows).T
-        place = np.arange(columns) // (args["group_size"] or columns)
-        weight = (codes - zero[:, place]).astype(np.float32) * scale[:, place]
-        return torch.from_numpy(weight).to(state["weight_scale"].dtype)
+    def decoded(name: str, state: State) -> torch.Tensor:
+        return torch.from_numpy(decode(state, _group(config, name))).to(dtype)
 
-    return decode
+    return decoded
 
 
-def _stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Words (R, N) int32 to their first `count` values of `bits` bits, (R, count) int64."""
-    stored = words.astype("<i4").view(np.uint8)
-    stream = np.unpackbits(stored, axis=1, bitorder="little")[:, : count * bits]
-    planes = stream.reshape(len(words), count, bits).astype(np.int64)
-    return (planes << np.arange(bits)).sum(-1)
+def _group(config: dict[str, Any], name: str) -> dict[str, Any]:
+    group = scheme_of(config, name)
+    if group is None:
+        raise ArtifactError("the config has no scheme for a weight", where=name)
+    found: dict[str, Any] = config["config_groups"][group]
+    return found
+
+
+def _same_stored(
+    record: SiteRecord, tensors: dict[str, torch.Tensor], state: State, config: dict[str, Any]
+) -> bool:
+    """Whether codes, scales and global scale are the artifact's, each by itself."""
+    fmt, shape = packed_format(record), record.site.shape
+    values, scales = map(torch.from_numpy, read_stored(state, _group(config, record.site.name)))
+    own = unpack_scales(tensors, fmt, fmt.groups(shape[1]))
+    same = _same_bits(values, code_values(tensors, fmt, shape))
+    same = same and _same_bits(scales.reshape(own.shape), own)
+    if "global" in tensors:
+        same = same and _same_bits(state["weight_global_scale"], tensors["global"])
+    return same
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

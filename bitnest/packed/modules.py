@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bitnest.formats import Format, IntFormat
-from bitnest.kernels.dequantize import decode_int
+from bitnest.formats import AnyFormat
+from bitnest.kernels.decode import decode
 from bitnest.kernels.experts import experts_forward
 from bitnest.sites import Site
 
@@ -30,11 +30,11 @@ class PackedWeight(nn.Module):
     fmt: how it is stored. shape: (out, in). Tensors are set by `load`.
     """
 
-    def __init__(self, fmt: Format, shape: tuple[int, int]) -> None:
+    def __init__(self, fmt: AnyFormat, shape: tuple[int, int]) -> None:
         super().__init__()
         self.fmt = fmt
         self.shape = shape
-        parts = fmt.tensors(shape) if isinstance(fmt, IntFormat) else {"weight": shape}
+        parts = fmt.parts(shape)
         for name in parts:
             self.register_buffer(name, None, persistent=False)
         self.parts = tuple(parts)
@@ -56,12 +56,8 @@ class PackedWeight(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense (out, in) matrix, made anew at each call."""
-        if isinstance(self.fmt, IntFormat):
-            tensors = {name: getattr(self, name) for name in self.parts}
-            return decode_int(tensors, self.fmt, self.shape, dtype)
-        dense = self.weight
-        assert isinstance(dense, torch.Tensor)
-        return dense.to(dtype)
+        tensors = {name: getattr(self, name) for name in self.parts}
+        return decode(tensors, self.fmt, self.shape, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Move between devices, but never let `.to(dtype)` change stored scales."""
@@ -137,7 +133,7 @@ class _PackedExperts:
         )
 
 
-def pack_linear(parent: nn.Module, leaf: str, fmt: Format, site: Site) -> PackedWeight:
+def pack_linear(parent: nn.Module, leaf: str, fmt: AnyFormat, site: Site) -> PackedWeight:
     """Put a PackedLinear, still empty, in the place of `parent`'s linear layer `leaf`."""
     old = getattr(parent, leaf)
     packed = PackedWeight(fmt, site.shape)
@@ -145,7 +141,7 @@ def pack_linear(parent: nn.Module, leaf: str, fmt: Format, site: Site) -> Packed
     return packed
 
 
-def pack_experts(module: Any, sites: list[tuple[Site, Format]]) -> list[PackedWeight]:
+def pack_experts(module: Any, sites: list[tuple[Site, AnyFormat]]) -> list[PackedWeight]:
     """Take an experts module's 3-D weights and give it packed ones, still empty, in site order."""
     weights = [PackedWeight(fmt, site.shape) for site, fmt in sites]
     table: dict[str, list[tuple[Site, PackedWeight]]] = {}

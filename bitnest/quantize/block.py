@@ -30,32 +30,14 @@ from bitnest.calibrate.collector import (
     expert_tokens,
     symmetric,
 )
-from bitnest.formats import Format, IntFormat
+from bitnest.formats import AnyFormat, DenseFormat, PackedFormat, block_format
 from bitnest.kernels.experts import down_input, up_name
-from bitnest.quantize.codecs.integer import IntCodec
-from bitnest.quantize.gptq import Quantized, gptq, rtn
+from bitnest.quantize.solve import Options, Solution, needs_statistics, solve, weighted_error
 from bitnest.sites import Site
 
 SLICE = 2048  # tokens sent through one expert at a time
 LAYER_SAMPLE = 256  # tokens that stand for a layer's inputs, at least
 TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class Options:
-    """Dials of the solver.
-
-    method: gptq or rtn. damp: see gptq. weighting: tokens' weights in an expert's H. min_tokens:
-    tokens under which an expert's H leans on the layer's; None: its number of input channels.
-    clip: search clipping ratios. scale_dtype: stored type of scales.
-    """
-
-    method: str = "gptq"
-    damp: float = 0.03
-    weighting: str = "gate"
-    min_tokens: int | None = None
-    clip: bool = True
-    scale_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass
@@ -67,7 +49,7 @@ class Solved:
     """
 
     site: Site
-    fmt: Format
+    fmt: AnyFormat
     tensors: dict[str, torch.Tensor]
     error: float
     tokens: int | None
@@ -81,7 +63,7 @@ class BlockSolver:
 
     def __init__(
         self,
-        formats: dict[str, Format],
+        formats: dict[str, AnyFormat],
         options: Options,
         parameter: Callable[[Site], torch.Tensor],
     ) -> None:
@@ -91,28 +73,38 @@ class BlockSolver:
 
     def weights_only(self, sites: list[Site]) -> Iterator[Solved]:
         """Round every site to nearest; no statistics needed."""
+        families: dict[tuple[str, ...], list[Site]] = {}
         for site in sites:
             fmt = self.formats[site.name]
-            if isinstance(fmt, IntFormat):
-                yield from self._finish([site], None, None, fmt)
-            else:
+            if isinstance(fmt, DenseFormat):
                 yield self._dense(site, fmt, None)
+            elif block_format(fmt).scale != "e4m3":
+                yield from self._finish([site], None, None, fmt)
+            else:  # matrices that engines fuse must have one global scale: their parent's
+                parent = site.module.rpartition(".")[0] if site.expert is None else site.path
+                key = (parent, str(site.expert), str(site.shape[1]), fmt.name)
+                families.setdefault(key, []).append(site)
+        for family in families.values():
+            fmt = self.formats[family[0].name]
+            assert not isinstance(fmt, DenseFormat)
+            yield from self._finish(family, None, None, fmt)
 
     def linears(self, sites: list[Site], collector: Collector) -> Iterator[Solved]:
         """Solve sites that are linear layers, those with one input and format together."""
-        batches: dict[tuple[int, str], list[Site]] = {}
+        batches: dict[tuple[int, str, str], list[Site]] = {}
         for site in sites:
             fmt, seen = self.formats[site.name], collector.hessians.get(site.module)
-            if not isinstance(fmt, IntFormat):
+            if isinstance(fmt, DenseFormat):
                 yield self._dense(site, fmt, seen.tokens if seen else 0)
             elif seen is None:  # never called on any sample: nothing to fit to
                 yield from self._finish([site], None, 0, fmt)
             else:
-                batches.setdefault((id(seen), fmt.name), []).append(site)
+                alone = "" if stackable(fmt, [site]) else site.name
+                batches.setdefault((id(seen), fmt.name, alone), []).append(site)
         for same in batches.values():
             seen = collector.hessians[same[0].module]
             fmt = self.formats[same[0].name]
-            assert isinstance(fmt, IntFormat)
+            assert not isinstance(fmt, DenseFormat)
             yield from self._finish(same, seen.mean(), seen.tokens, fmt)
 
     def experts(
@@ -120,7 +112,7 @@ class BlockSolver:
     ) -> Iterator[Solved]:
         """Solve one layer's fused experts, `chunk` experts at a time."""
         states, index, gates = routed.join()
-        inputs = _ExpertInputs(states, index, gates, module, self.options, device)
+        inputs = ExpertInputs(states, index, gates, module, self.options, device)
         by_expert: dict[int, list[Site]] = {}
         for site in sites:
             assert site.expert is not None
@@ -139,7 +131,7 @@ class BlockSolver:
                 yield from solved[expert]
 
     def _expert_batch(
-        self, columns: list[list[Site]], hessians: torch.Tensor, inputs: _ExpertInputs
+        self, columns: list[list[Site]], hessians: torch.Tensor, inputs: ExpertInputs
     ) -> Iterator[Solved]:
         """Solve one projection of several experts; experts of equal formats go in one batch."""
         batches: dict[tuple[str, ...], list[int]] = {}
@@ -153,37 +145,50 @@ class BlockSolver:
                     for i in members
                 ]
                 fmt = self.formats[chosen[0][0].name]
-                if not isinstance(fmt, IntFormat):
+                if isinstance(fmt, DenseFormat):
                     for sites in chosen:
                         for site in sites:
                             assert site.expert is not None
                             yield self._dense(site, fmt, inputs.count(site.expert))
                     continue
                 h = hessians if len(members) == len(columns) else hessians[members]
-                weight = torch.stack([self._stack(sites) for sites in chosen])
-                result = self._solve(weight, h, fmt)
-                energy = ((weight @ h) * weight).sum(2)
-                for b, sites in enumerate(chosen):
-                    expert = sites[0].expert
-                    assert expert is not None
-                    yield from self._split(sites, result, energy, b, fmt, inputs.count(expert))
+                counts = [len(sites) for sites in chosen]
+                if not stackable(fmt, chosen[0]) and max(counts) > 1:
+                    parts = [[[sites[j]] for sites in chosen] for j in range(counts[0])]
+                else:
+                    parts = [chosen]
+                for part in parts:
+                    yield from self._expert_stacks(part, h, fmt, inputs)
+
+    def _expert_stacks(
+        self,
+        chosen: list[list[Site]],
+        hessians: torch.Tensor,
+        fmt: PackedFormat,
+        inputs: ExpertInputs,
+    ) -> Iterator[Solved]:
+        """Solve the stacked matrices of several experts, each against its own H."""
+        weight = torch.stack([self._stack(sites) for sites in chosen])
+        result = solve(weight, hessians, fmt, self.options)
+        energy = weighted_error(weight, hessians)
+        for b, sites in enumerate(chosen):
+            expert = sites[0].expert
+            assert expert is not None
+            yield from self._split(sites, result, energy, b, fmt, inputs.count(expert))
 
     def _finish(
-        self, sites: list[Site], hessian: torch.Tensor | None, tokens: int | None, fmt: IntFormat
+        self,
+        sites: list[Site],
+        hessian: torch.Tensor | None,
+        tokens: int | None,
+        fmt: PackedFormat,
     ) -> Iterator[Solved]:
         weight = self._stack(sites)[None]
         h = None if hessian is None else hessian[None]
-        result = self._solve(weight, h, fmt)
-        energy = weight.square().sum(2) if h is None else ((weight @ h) * weight).sum(2)
-        yield from self._split(sites, result, energy, 0, fmt, tokens)
-
-    def _solve(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, fmt: IntFormat
-    ) -> Quantized:
-        codec = IntCodec(fmt, self.options.scale_dtype, self.options.clip)
-        if hessian is None or self.options.method == "rtn":
-            return rtn(weight, codec)
-        return gptq(weight, hessian, codec, damp=self.options.damp)
+        if h is None and needs_statistics(fmt):  # no input ever seen: all channels alike
+            h = torch.eye(weight.shape[2], device=weight.device)[None]
+        result = solve(weight, h, fmt, self.options)
+        yield from self._split(sites, result, weighted_error(weight, h), 0, fmt, tokens)
 
     def _stack(self, sites: list[Site]) -> torch.Tensor:
         """Rows of all sites, (sum of O, I) float32."""
@@ -193,30 +198,34 @@ class BlockSolver:
     def _split(
         self,
         sites: list[Site],
-        result: Quantized,
+        result: Solution,
         energy: torch.Tensor,
         b: int,
-        fmt: IntFormat,
+        fmt: PackedFormat,
         tokens: int | None,
     ) -> Iterator[Solved]:
         """Cut stacked rows back into sites; write each decoded weight into the model."""
-        codec = IntCodec(fmt, self.options.scale_dtype, self.options.clip)
         start = 0
         for site in sites:
             rows = slice(start, start + site.shape[0])
             start += site.shape[0]
             site.view(self.parameter(site)).copy_(result.weight[b, rows])
-            zeros = None if fmt.symmetric else result.zeros[b, rows]
-            tensors = codec.store(result.codes[b, rows], result.scales[b, rows], zeros)
+            tensors = result.store(b, rows)
             base = float(energy[b, rows].double().sum())
             error = float(result.error[b, rows].double().sum()) / base if base > 0 else 0.0
             yield Solved(site, fmt, tensors, error, tokens)
 
-    def _dense(self, site: Site, fmt: Format, tokens: int | None) -> Solved:
+    def _dense(self, site: Site, fmt: AnyFormat, tokens: int | None) -> Solved:
         return Solved(site, fmt, {}, 0.0, tokens)
 
 
-class _ExpertInputs:
+def stackable(fmt: PackedFormat, sites: list[Site]) -> bool:
+    """Whether matrices of one input can be solved as one: no stored number covers rows of two."""
+    tile = fmt.row_tile
+    return tile is not None and all(site.shape[0] % tile == 0 for site in sites)
+
+
+class ExpertInputs:
     """Hessians of one layer's experts, formed on demand from their routed tokens."""
 
     def __init__(

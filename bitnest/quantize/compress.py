@@ -39,16 +39,17 @@ from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, RecipeError
-from bitnest.formats import Format, IntFormat, parse_format
-from bitnest.kernels.dequantize import decode_int
-from bitnest.quantize.block import BlockSolver, Options, Solved
+from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.kernels.decode import decode
+from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.memory import Budget, release
+from bitnest.quantize.solve import Options, needs_statistics
 from bitnest.recipe import Recipe
 from bitnest.safetensors_io import Entry, entry, read_header
 from bitnest.sites import Site, find_sites, is_experts
 from bitnest.skeleton import Skeleton
 
-ALGORITHM = 1  # raised when the same inputs would give other bytes than an earlier version
+ALGORITHM = 2  # raised when the same inputs would give other bytes than an earlier version
 
 
 class Progress(Protocol):
@@ -83,7 +84,7 @@ class Job:
     checkpoint: Checkpoint
     skeleton: Skeleton
     sites: list[Site]
-    formats: dict[str, Format]
+    formats: dict[str, AnyFormat]
     recipe: Recipe
     calibration: CalibrationSet | None
     device: torch.device
@@ -182,12 +183,10 @@ class _Run:
         self.job, self.writer, self.budget, self.progress = job, writer, budget, progress
         self.skeleton = job.skeleton
         recipe = job.recipe
-        self.scale_dtype = (
-            torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
-        )
+        half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         options = Options(
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
-            self.scale_dtype,
+            half,
         )  # fmt: skip
         self.solver = BlockSolver(job.formats, options, self._parameter)
         self.stream: Stream | None = None
@@ -254,8 +253,8 @@ class _Run:
         records, entries = [], []
         for item, tensors in _with_dense_experts(solved, self._parameter, self.job):
             parts = [entry(f"{item.site.name}.{key}", value) for key, value in tensors.items()]
-            nbytes = item.fmt.nbytes(item.site.shape)
-            assert not parts or nbytes == sum(part.nbytes for part in parts), item.site.name
+            nbytes = sum(part.nbytes for part in parts) or item.fmt.nbytes(item.site.shape)
+            _check_size(item, nbytes)
             file = self.writer.packed_name(layer) if parts else ""
             records.append(
                 SiteRecord(item.site, item.fmt.name, nbytes, item.error, item.tokens, file)
@@ -273,9 +272,8 @@ class _Run:
         headers = read_header(self.writer.work / records[0].file) if records else {}
         for record in records:
             fmt = parse_format(record.format)
-            if isinstance(fmt, IntFormat):
-                tensors = site_tensors(record, headers)
-                weight = decode_int(tensors, fmt, record.site.shape)
+            if not isinstance(fmt, DenseFormat):
+                weight = decode(site_tensors(record, headers), fmt, record.site.shape)
                 record.site.view(self._parameter(record.site)).copy_(weight)
         self._propagate(layer)
         self.skeleton.drop(prefix)
@@ -285,6 +283,13 @@ class _Run:
         modules = self.skeleton.blocks[layer].modules()
         with reference_experts(m for m in modules if is_experts(m)):
             self.stream.run(layer, keep=True)
+
+
+def _check_size(item: Solved, nbytes: int) -> None:
+    """The size arithmetic of formats is what plans rely on: a wrong one must not pass."""
+    promised = item.fmt.nbytes(item.site.shape)
+    if nbytes != promised if item.fmt.fixed_size else nbytes > promised:
+        raise AssertionError(f"{item.site.name}: {nbytes} bytes, {item.fmt.name} says {promised}")
 
 
 def _with_dense_experts(
@@ -304,7 +309,7 @@ def dense_names(job: Job) -> list[str]:
     """Checkpoint tensors that the artifact keeps as they are, in name order."""
     by_module: dict[str, set[str]] = {}
     for site in job.sites:
-        if isinstance(job.formats[site.name], IntFormat):
+        if not isinstance(job.formats[site.name], DenseFormat):
             by_module.setdefault(site.module, set()).add(site.path)
     gone: set[str] = set()
     for site in job.sites:
@@ -314,8 +319,10 @@ def dense_names(job: Job) -> list[str]:
 
 
 def packed_bytes(job: Job) -> int:
-    """Bytes of all packed tensors, exactly."""
-    modules = {site.module for site in job.sites if isinstance(job.formats[site.name], IntFormat)}
+    """Bytes of all packed tensors: exact, or the most where the size depends on values."""
+    modules = {
+        site.module for site in job.sites if not isinstance(job.formats[site.name], DenseFormat)
+    }
     return sum(
         job.formats[site.name].nbytes(site.shape) for site in job.sites if site.module in modules
     )
@@ -426,6 +433,12 @@ def _deterministic() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def wants_calibration(job: Job) -> bool:
+    """Whether the run needs text: any method but rtn does, and rtn in formats fitted to inputs."""
+    packed = [fmt for fmt in job.formats.values() if not isinstance(fmt, DenseFormat)]
+    return job.recipe.method != "rtn" or any(map(needs_statistics, packed))
 
 
 def with_calibration(job: Job, calibration: CalibrationSet | None) -> Job:

@@ -13,7 +13,8 @@ input channels and nothing but codes and scales is stored. (The same idea is kno
 reordering.)
 
 Last, each row's scales are fitted again, all groups at once, to the codes the sweep chose (ours; a
-row keeps the scales it had if that is no better).
+row keeps the scales it had if that is no better). Formats whose scales cannot follow (powers of
+two, blocks of rows, tables without scales) skip it.
 
 U needs no explicit inverse: with H = R R^T, R upper triangular (a Cholesky factorisation run from
 the last column to the first), U = R^-1.
@@ -30,35 +31,47 @@ from dataclasses import dataclass
 
 import torch
 
-from bitnest.quantize.codecs.integer import Grid, IntCodec
+from bitnest.formats.block import DQ_ROWS
+from bitnest.quantize.codecs.block import BlockCodec, Grid
+from bitnest.quantize.codecs.scales import Shared, project
 
 BLOCK = 128  # columns whose compensation of the rest is applied in one product
 MAX_DAMPINGS = 8  # from 1 % of the mean diagonal to far beyond all of it
 REFIT_BYTES = 16 << 20  # of the normal equations that are solved at once
 RIDGE = 1e-4  # share of the mean diagonal that holds refitted scales where they are
 SLICE = 1 << 17  # weights rounded at a time when nothing is compensated: they stay in cache
+Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # levels, scales, zeros
 STEP = 16  # columns compensated one by one; the block's rest follows once per step
 
 
 @dataclass
 class Quantized:
-    """Result for B matrices of shape (O, I): codes (B, O, I) uint8, scales and zeros (B, O, G).
+    """Result for B matrices of shape (O, I).
 
-    weight: the decoded matrices (B, O, I) float32. error: tr(dW H dW^T) per matrix and row,
-    (B, O), with the H given (mean squared output error times tokens if H is a sum).
+    levels: v of the codec, (B, O, I), so that weight = v * scale. scales, zeros: (B, O, G), zeros
+    None if not stored. weight: the decoded matrices (B, O, I) float32. error: tr(dW H dW^T) per
+    matrix and row, (B, O), with the H given (mean squared output error times tokens if H is a sum).
     """
 
-    codes: torch.Tensor
+    codec: BlockCodec
+    shared: Shared
+    levels: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
     weight: torch.Tensor
     error: torch.Tensor
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """Packed tensors of some rows of matrix b, which are one site's."""
+        zeros = None if self.zeros is None else self.zeros[b, rows]
+        shared = self.shared.of(b, rows)
+        return self.codec.store(self.levels[b, rows], self.scales[b, rows], zeros, shared)
 
 
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    codec: IntCodec,
+    codec: BlockCodec,
     *,
     damp: float = 0.03,
     refit: bool = True,
@@ -67,86 +80,103 @@ def gptq(
 
     weight: (B, O, I) float32, unchanged. hessian: (B, I, I) float32, symmetric, positive
     semi-definite, unchanged. damp: share of the mean diagonal added to it. refit: fit the scales
-    once more at the end.
+    once more at the end, where their stored form can follow.
     """
     width = weight.shape[2]
     g = codec.fmt.group_size(width)
-    order = column_order(hessian.diagonal(dim1=1, dim2=2), g)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    order = column_order(diagonal, g)
     w = gather_rows(weight.transpose(1, 2), order)
     permuted = gather_rows(gather_rows(hessian, order).transpose(1, 2), order)
     importance = permuted.diagonal(dim1=1, dim2=2).unsqueeze(-1)
     factor = inverse_factor(permuted, damp)
-    codes, grids = _sweep(w, factor, importance, codec, g)
-    inverse = order.argsort(dim=1)
+    shared = codec.prepare(weight.transpose(1, 2), diagonal.unsqueeze(-1))
+    levels, grids = _sweep(w, factor, importance, codec, g, shared)
     group_order = order[:, ::g] // g  # the group that came at each place
-    scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2)
-    zeros = torch.stack([grid.zero.squeeze(1) for grid in grids], dim=2)
-    back = group_order.argsort(dim=1)[:, None, :].expand_as(scales)
-    scales, zeros = scales.gather(2, back), zeros.gather(2, back)
-    codes = gather_rows(codes, inverse).transpose(1, 2).contiguous()
-    decoded = _decode(codes, scales, zeros, g)
+    back = group_order.argsort(dim=1)[:, None, :].expand(-1, weight.shape[1], -1)
+    scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2).gather(2, back)
+    zeros = _zeros(grids)
+    if zeros is not None:
+        zeros = zeros.gather(2, back)
+    levels = gather_rows(levels, order.argsort(dim=1)).transpose(1, 2).contiguous()
+    decoded = _decode(levels, scales, g)
     miss = weight - decoded
     pull = miss @ hessian  # half the gradient, for the refit too
     error = (pull * miss).sum(2)
-    if not refit:
-        return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
-    refitted = refit_scales(pull, hessian, codes, scales, zeros, codec, g)
-    other = _decode(codes, refitted, zeros, g)
-    miss = weight - other
+    result = Quantized(codec, shared, levels, scales, zeros, decoded, error)
+    if refit and codec.refits:
+        _refit(result, weight, hessian, pull, g)
+    return result
+
+
+def _refit(
+    result: Quantized, weight: torch.Tensor, hessian: torch.Tensor, pull: torch.Tensor, g: int
+) -> None:
+    """Replace the scales of the rows (or tiles of rows) whose error falls by that."""
+    codec = result.codec
+    scales = refit_scales(pull, hessian, result.levels, result.scales, codec, result.shared, g)
+    decoded = _decode(result.levels, scales, g)
+    miss = weight - decoded
     loss = ((miss @ hessian) * miss).sum(2)
-    better = (loss < error)[:, :, None]
-    return Quantized(
-        codes.to(torch.uint8),
-        torch.where(better, refitted, scales),
-        zeros,
-        torch.where(better, other, decoded),
-        torch.minimum(loss, error),
-    )
+    gain = result.error - loss
+    if codec.fmt.scale == "dq":  # a tile's scales are stored together
+        rows = gain.shape[1]
+        tiles = torch.nn.functional.pad(gain, (0, -rows % DQ_ROWS)).unflatten(1, (-1, DQ_ROWS))
+        gain = tiles.sum(2).repeat_interleave(DQ_ROWS, dim=1)[:, :rows]
+    better = (gain > 0)[:, :, None]
+    result.scales = torch.where(better, scales, result.scales)
+    result.weight = torch.where(better, decoded, result.weight)
+    result.error = torch.where(gain > 0, loss, result.error)
 
 
 def refit_scales(
     pull: torch.Tensor,
     hessian: torch.Tensor,
-    codes: torch.Tensor,
+    levels: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
-    codec: IntCodec,
+    codec: BlockCodec,
+    shared: Shared,
     g: int,
 ) -> torch.Tensor:
     """Least-squares scales of each row, all groups together, given the codes; (B, O, G).
 
-    With q_k a row's codes less zero in group k and 0 elsewhere, |w - sum s_k q_k|^2 under H is
-    least where sum_l (q_k^T H q_l) s_l = q_k^T H w. Solved as a step from the present scales,
-    with a small ridge towards no step, and rounded to the stored type.
+    With v_k a row's levels in group k and 0 elsewhere, |w - sum s_k v_k|^2 under H is
+    least where sum_l (v_k^T H v_l) s_l = v_k^T H w. Solved as a step from the present scales,
+    with a small ridge towards no step, and projected on what is stored.
 
     pull: (w - w_hat) H, (B, O, I).
     """
-    groups, rows = scales.shape[2], max(1, REFIT_BYTES // (4 * scales.shape[2] ** 2 * len(codes)))
-    if rows < codes.shape[1]:  # the (G, G) systems of all rows would not fit: some rows at a time
-        parts = [slice(a, a + rows) for a in range(0, codes.shape[1], rows)]
+    groups = scales.shape[2]
+    rows = max(DQ_ROWS, REFIT_BYTES // (4 * groups**2 * len(levels)) // DQ_ROWS * DQ_ROWS)
+    if rows < levels.shape[1]:  # the (G, G) systems of all rows would not fit: some rows at a time
+        parts = [slice(a, a + rows) for a in range(0, levels.shape[1], rows)]
         done = [
-            refit_scales(pull[:, p], hessian, codes[:, p], scales[:, p], zeros[:, p], codec, g)
+            refit_scales(pull[:, p], hessian, levels[:, p], scales[:, p], codec, shared.rows(p), g)
             for p in parts
         ]
         return torch.cat(done, dim=1)
-    values = codes - zeros.repeat_interleave(g, dim=2)[..., : codes.shape[2]]
-    padding = groups * g - codes.shape[2]
-    split = torch.nn.functional.pad(values, (0, padding)).unflatten(2, (groups, g))
+    padding = groups * g - levels.shape[2]
+    split = torch.nn.functional.pad(levels, (0, padding)).unflatten(2, (groups, g))
     right = torch.nn.functional.pad(pull, (0, padding)).unflatten(2, (groups, g))
     right = (split * right).sum(3)
     left = torch.empty(*scales.shape, groups, dtype=pull.dtype, device=pull.device)
     for k in range(groups):
-        part = slice(k * g, min((k + 1) * g, codes.shape[2]))
-        spread = values[..., part] @ hessian[:, part]
+        part = slice(k * g, min((k + 1) * g, levels.shape[2]))
+        spread = levels[..., part] @ hessian[:, part]
         spread = torch.nn.functional.pad(spread, (0, padding)).unflatten(2, (groups, g))
         left[..., k, :] = (split * spread).sum(3)
     diagonal = left.diagonal(dim1=2, dim2=3)
     diagonal.add_(RIDGE * diagonal.mean(2, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny))
     step = torch.linalg.solve_ex(left, right.unsqueeze(3))[0].squeeze(3)
-    return codec.stored(scales + torch.nan_to_num(step))
+    wanted = scales + torch.nan_to_num(step)
+    if not codec.fmt.signed_scale:
+        wanted = torch.where(wanted > 0, wanted, scales)
+    return project(wanted.transpose(1, 2), codec.fmt, codec.half, shared).transpose(1, 2)
 
 
-def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None = None) -> Quantized:
+def rtn(
+    weight: torch.Tensor, codec: BlockCodec, importance: torch.Tensor | None = None
+) -> Quantized:
     """Round to nearest, group by group: no compensation.
 
     weight: (B, O, I) float32. importance: (B, I) weights of the clipping search, or None. The
@@ -154,23 +184,53 @@ def rtn(weight: torch.Tensor, codec: IntCodec, importance: torch.Tensor | None =
     """
     width = weight.shape[2]
     g = codec.fmt.group_size(width)
+    h = None if importance is None else importance.unsqueeze(-1)
+    shared = codec.prepare(weight.transpose(1, 2), h)
+    parts: list[Rounded] = []
     whole = width // g * g
-    parts = []
-    if whole:
-        parts.append(_round_groups(weight[..., :whole], importance, 0, g, codec))
-    if whole < width:
-        parts.append(_round_groups(weight[..., whole:], importance, whole, width - whole, codec))
-    codes, scales, zeros = (torch.cat(items, dim=2) for items in zip(*parts, strict=True))
-    decoded = _decode(codes, scales, zeros, g)
+    if codec.fmt.rows == 1 and codec.fmt.scale != "dq" and shared.free:  # no row needs another
+        if whole:
+            parts.append(_round_groups(weight[..., :whole], importance, 0, g, codec, shared))
+        if whole < width:
+            tail = weight[..., whole:]
+            parts.append(_round_groups(tail, importance, whole, width - whole, codec, shared))
+    else:
+        parts = [
+            _round_group(
+                weight[..., a : a + g], None if h is None else h[:, a : a + g], codec, shared
+            )
+            for a in range(0, width, g)
+        ]
+    levels = torch.cat([part[0] for part in parts], dim=2)
+    scales = torch.cat([part[1] for part in parts], dim=2)
+    zeros = [part[2] for part in parts if part[2] is not None]
+    decoded = _decode(levels, scales, g)
     miss = (weight - decoded).square_()
     error = miss.sum(2) if importance is None else (miss @ importance[:, :, None]).squeeze(2)
-    return Quantized(codes.to(torch.uint8), scales, zeros, decoded, error)
+    return Quantized(
+        codec, shared, levels, scales, torch.cat(zeros, dim=2) if zeros else None, decoded, error
+    )
+
+
+def _round_group(
+    weight: torch.Tensor, h: torch.Tensor | None, codec: BlockCodec, shared: Shared
+) -> Rounded:
+    """Levels (B, O, g), scales and zeros (B, O, 1) of one group, all rows in sight."""
+    w = weight.transpose(1, 2).contiguous()
+    grid = codec.fit(w, h, shared)
+    zero = None if grid.zero is None else grid.zero.transpose(1, 2)
+    return codec.snap(w, grid).transpose(1, 2), grid.scale.transpose(1, 2), zero
 
 
 def _round_groups(
-    weight: torch.Tensor, importance: torch.Tensor | None, first: int, g: int, codec: IntCodec
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (B, O, n*g), scales and zeros (B, O, n) of n groups of g columns.
+    weight: torch.Tensor,
+    importance: torch.Tensor | None,
+    first: int,
+    g: int,
+    codec: BlockCodec,
+    shared: Shared,
+) -> Rounded:
+    """Levels (B, O, n*g), scales and zeros (B, O, n) of n groups of g columns.
 
     Groups are fitted a cache-sized slice at a time. first: weight's first column in the matrix.
     """
@@ -181,18 +241,26 @@ def _round_groups(
     if importance is not None:
         part = importance[:, first : first + width].view(batch, 1, n, g)
         h = part.expand(-1, rows, -1, -1).reshape(batch, rows * n, g)
-    codes = torch.empty_like(groups)
-    scales, zeros = codes.new_empty(batch, rows * n), codes.new_empty(batch, rows * n)
+    levels = torch.empty_like(groups)
+    scales = levels.new_empty(batch, rows * n)
+    zeros = None if codec.fmt.symmetric else torch.empty_like(scales)
     step = max(1, SLICE // g)
     for b in range(batch):
+        own = shared.of(b, slice(None))
         for start in range(0, rows * n, step):
             some = slice(start, start + step)
             w = groups[b, some].T.contiguous()
-            grid = codec.fit(w, None if h is None else h[b, some].T)
-            codes[b, some] = codec.codes(w, grid).T
-            scales[b, some], zeros[b, some] = grid.scale[0], grid.zero[0]
+            grid = codec.fit(w, None if h is None else h[b, some].T, own)
+            levels[b, some] = codec.snap(w, grid).T
+            scales[b, some] = grid.scale[0]
+            if zeros is not None and grid.zero is not None:
+                zeros[b, some] = grid.zero[0]
     shape = (batch, rows, n)
-    return codes.view(batch, rows, width), scales.view(shape), zeros.view(shape)
+    return (
+        levels.view(batch, rows, width),
+        scales.view(shape),
+        None if zeros is None else zeros.view(shape),
+    )
 
 
 def column_order(diagonal: torch.Tensor, g: int) -> torch.Tensor:
@@ -245,15 +313,20 @@ def gather_rows(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _sweep(
-    w: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, codec: IntCodec, g: int
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    importance: torch.Tensor,
+    codec: BlockCodec,
+    g: int,
+    shared: Shared,
 ) -> tuple[torch.Tensor, list[Grid]]:
     """The loop above on columns already in order. w (B, I, O) is used up."""
     width = w.shape[1]
-    codes = torch.empty_like(w)
+    levels = torch.empty_like(w)
     pivots = factor.diagonal(dim1=1, dim2=2).unsqueeze(2).contiguous()
     grids: list[Grid] = []
     if g >= width:  # one scale per row: fitted once, before the sweep
-        grids.append(codec.fit(w, importance))
+        grids.append(codec.fit(w, importance, shared))
     block = BLOCK if g >= width else BLOCK // g * g
     for start in range(0, width, block):
         stop = min(start + block, width)
@@ -263,13 +336,13 @@ def _sweep(
             z = min(a + STEP, stop, (a // g + 1) * g)  # a step never crosses into the next group
             if g < width and a % g == 0:
                 group = slice(a, min(a + g, width))
-                grids.append(codec.fit(w[:, group], importance[:, group]))
+                grids.append(codec.fit(w[:, group], importance[:, group], shared))
             grid = grids[-1]
             for j in range(a, z):
-                column, code = w[:, j : j + 1], codes[:, j : j + 1]
+                column, level = w[:, j : j + 1], levels[:, j : j + 1]
                 miss = errors[:, j - start : j - start + 1]
-                code.copy_(codec.codes(column, grid))
-                torch.sub(column, codec.values(code, grid), out=miss)
+                level.copy_(codec.snap(column, grid))
+                torch.addcmul(column, level, grid.scale, value=-1, out=miss)
                 miss.div_(pivots[:, j : j + 1])
                 if j + 1 < z:
                     w[:, j + 1 : z].addcmul_(factor[:, j, j + 1 : z, None], miss, value=-1)
@@ -280,12 +353,16 @@ def _sweep(
         if stop < width:
             update = factor[:, start:stop, stop:].transpose(1, 2)
             w[:, stop:].baddbmm_(update, errors, alpha=-1)
-    return codes, grids
+    return levels, grids
 
 
-def _decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g: int) -> torch.Tensor:
-    """(codes - zero) * scale on (B, O, I) codes, groups along the last axis."""
-    width = codes.shape[2]
-    scale = scales.repeat_interleave(g, dim=2)[..., :width]
-    zero = zeros.repeat_interleave(g, dim=2)[..., :width]
-    return (codes.float() - zero).mul_(scale)
+def _zeros(grids: list[Grid]) -> torch.Tensor | None:
+    """Zero points of the groups in the order of `grids`, (B, O, G)."""
+    zeros = [grid.zero.squeeze(1) for grid in grids if grid.zero is not None]
+    return torch.stack(zeros, dim=2) if zeros else None
+
+
+def _decode(levels: torch.Tensor, scales: torch.Tensor, g: int) -> torch.Tensor:
+    """levels * scale on (B, O, I), groups along the last axis."""
+    scale = scales.repeat_interleave(g, dim=2)[..., : levels.shape[2]]
+    return levels * scale

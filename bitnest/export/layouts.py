@@ -1,0 +1,183 @@
+"""How compressed-tensors stores one weight: the scheme of each format that it can hold.
+
+    ours                     file format            library's scheme
+    int2..8, 16-bit scales   pack-quantized         WnA16, per group of a row or per row
+    fp8_e4m3-channel         float-quantized        FP8_DYNAMIC's weights
+    fp8_e4m3-tensor          float-quantized        FP8's weights
+    fp8_e4m3-b128x128        float-quantized        FP8_BLOCK's weights
+    mxfp8                    mxfp8-quantized        MXFP8A16
+    mxfp4                    mxfp4-pack-quantized   MXFP4A16
+    nvfp4                    nvfp4-pack-quantized   NVFP4A16
+
+Every scheme is weight-only, and each names its file format: left to itself the library takes FP8
+without activations for `naive-quantized`, the same bytes under another name. How the tensors look
+is in `tensors`.
+
+Left out: mxfp6 (`mxfp6-pack-quantized` of compressed-tensors 0.20, which no engine of `engines` is
+known to run), and rotations, which the library puts in a `transform_config` beside the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from bitnest.errors import TargetError
+from bitnest.formats import BlockFormat, LowRankFormat, TransformedFormat, parse_format
+from bitnest.formats.elements import FloatElement, IntElement
+from bitnest.formats.names import E2M1, E4M3
+
+if TYPE_CHECKING:
+    from bitnest.artifact import SiteRecord
+
+PACKED_INT, MIXED = "pack-quantized", "mixed-precision"
+FORMATS = {
+    "int": PACKED_INT,
+    "fp8": "float-quantized",
+    "fp8-block": "float-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
+BLOCK = 128  # rows and columns of an FP8 block
+HINT = (
+    "compress with a format that exports, such as int4-g128, fp8-channel, mxfp4 or nvfp4; "
+    "or run this artifact with bitnest serve"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One scheme; weights with equal layouts are read alike.
+
+    family: a key of FORMATS. bits, symmetric, strategy, group: as in the library's arguments.
+    """
+
+    family: str
+    bits: int
+    symmetric: bool
+    strategy: str
+    group: int | None
+
+    @property
+    def format(self) -> str:
+        """The library's name for the file format."""
+        return FORMATS[self.family]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The library's QuantizationArgs, as it would write them."""
+        arguments: dict[str, Any] = {
+            "num_bits": self.bits,
+            "type": "int" if self.family == "int" else "float",
+            "symmetric": self.symmetric,
+            "strategy": self.strategy,
+            "group_size": self.group,
+            "dynamic": False,
+            "actorder": None,
+        }
+        if self.strategy == "block":
+            arguments["block_structure"] = [BLOCK, BLOCK]
+        if self.family in {"mxfp4", "mxfp8"}:
+            arguments["scale_dtype"] = "torch.uint8"
+        if self.family == "nvfp4":
+            arguments["scale_dtype"] = "torch.float8_e4m3fn"
+        return arguments
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of a weight's tensors."""
+        if self.family == "int":
+            zeros = () if self.symmetric else ("weight_zero_point",)
+            return ("weight_packed", "weight_scale", "weight_shape", *zeros)
+        codes = "weight" if self.bits == 8 else "weight_packed"
+        more = ("weight_global_scale",) if self.family == "nvfp4" else ()
+        return (codes, "weight_scale", *more)
+
+
+def packed_format(record: SiteRecord) -> BlockFormat:
+    """The format of a packed site.
+
+    Raises:
+        TargetError: one that the file format does not hold.
+    """
+    return _read(record)[0]
+
+
+def packed_layout(record: SiteRecord) -> Layout:
+    """How a packed site is stored.
+
+    Raises:
+        TargetError: a format that the file format does not hold.
+    """
+    return _read(record)[1]
+
+
+def layout_of(record: SiteRecord) -> Layout | None:
+    """How a site is stored, None if it is dense.
+
+    Raises:
+        TargetError: a format that the file format does not hold.
+    """
+    return packed_layout(record) if record.file and record.format != "dense" else None
+
+
+def _read(record: SiteRecord) -> tuple[BlockFormat, Layout]:
+    found = _parsed(record.format)
+    if isinstance(found, str):
+        raise TargetError(
+            f"format '{record.format}' does not export: {found}",
+            where=record.site.name,
+            hint=HINT,
+        )
+    return found
+
+
+@cache
+def _parsed(name: str) -> tuple[BlockFormat, Layout] | str:
+    """The format and its layout, or what the file format has no place for."""
+    fmt = parse_format(name)
+    layout = layout_for(fmt) if isinstance(fmt, BlockFormat) else None
+    return (fmt, layout) if isinstance(fmt, BlockFormat) and layout else _missing(fmt)
+
+
+def layout_for(fmt: BlockFormat) -> Layout | None:
+    """How weights of that format are stored, None if they cannot be."""
+    element, grain, e8m0 = fmt.element, fmt.grain, fmt.scale in {"e8m0", "m1"}
+    group, bits = fmt.group, int(fmt.bits)
+    if isinstance(element, IntElement):
+        if not fmt.plain_integer or bits < 2:
+            return None
+        return Layout("int", bits, fmt.symmetric, "group" if group else "channel", group)
+    if not isinstance(element, FloatElement):
+        return None
+    if element.spec == E4M3 and fmt.scale == "half":
+        if grain in {"channel", "tensor"}:
+            return Layout("fp8", 8, True, grain, None)
+        return Layout("fp8-block", 8, True, "block", None) if grain == "b128x128" else None
+    if e8m0 and grain == "g32" and element.spec in {E4M3, E2M1}:
+        return Layout("mxfp8" if bits == 8 else "mxfp4", bits, True, "group", 32)
+    if fmt.scale == "e4m3" and grain == "g16" and element.spec == E2M1:
+        return Layout("nvfp4", 4, True, "tensor_group", 16)
+    return None
+
+
+def _missing(fmt: object) -> str:
+    """What compressed-tensors has no place for."""
+    if isinstance(fmt, LowRankFormat):
+        return f"compressed-tensors has no tensors for a low-rank residual (+{fmt.kind}{fmt.rank})"
+    if isinstance(fmt, TransformedFormat):
+        kind = f"@{fmt.kind}{fmt.block or ''}"
+        return f"a compressed-tensors weight is stored in its own basis, not transformed ({kind})"
+    assert isinstance(fmt, BlockFormat)
+    element = fmt.element
+    if isinstance(element, IntElement):
+        if int(element.bits) < 2:
+            return "compressed-tensors packs integers of 2 to 8 bits"
+        return "integers there have 16-bit scales in groups of a row, or one per row"
+    if isinstance(element, FloatElement) and element.spec == E4M3:
+        return "8-bit floats there have 16-bit scales per channel, tensor or b128x128, or are mxfp8"
+    if isinstance(element, FloatElement) and element.spec == E2M1:
+        return "4-bit floats there are mxfp4 (e8m0, g32) or nvfp4 (e4m3, g16)"
+    return f"compressed-tensors has no scheme that engines read for {element.name} codes"

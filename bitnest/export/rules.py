@@ -1,0 +1,140 @@
+"""What every reader of a compressed-tensors directory demands, before anything is written.
+
+The rules of the file format and of fused layers. Engines load some matrices as one: q/k/v, gate/up,
+and all experts of a layer. Those must share one scheme, dense counting as a scheme too; a mix would
+be misread silently or fail while loading. The first site that breaks a rule is named.
+
+Left out: what single engines run (`targets`), and tensor parallelism, under which every rule about
+divisibility holds per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from bitnest.artifact import SiteRecord
+from bitnest.errors import TargetError
+from bitnest.export.layouts import layout_of, packed_format, packed_layout
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)  # matrices that vLLM loads as one
+
+
+def packed_sites(records: Iterable[SiteRecord]) -> list[SiteRecord]:
+    """Sites stored in packed files as codes."""
+    return [record for record in records if record.file and record.format != "dense"]
+
+
+def check_layout(records: Sequence[SiteRecord]) -> None:
+    """Refuse what the files cannot say, whoever reads them. Call before `targets.check_engine`.
+
+    records: every site of the artifact.
+
+    Raises:
+        TargetError: the site and the rule it breaks.
+    """
+    if not packed_sites(records):
+        raise TargetError(
+            "the artifact has no packed weight, there is nothing to export",
+            hint="the checkpoint it was made from loads as it is",
+        )
+    for record in records:
+        if record.file:
+            _check_storage(record)
+    for family in fused_families(r for r in records if r.site.kind != "expert"):
+        names = "/".join(record.site.name.rpartition(".")[2] for record in family)
+        check_one_scheme(family, f"{names} are loaded as one matrix", f"give {names} one format")
+    _check_experts(records)
+
+
+def fused_families(records: Iterable[SiteRecord]) -> Iterator[list[SiteRecord]]:
+    """Matrices that engines load as one, in the order of their rows; experts' too."""
+    by_name = {record.site.name: record for record in records}
+    for parts in FUSED:
+        for name in by_name:
+            parent, _, leaf = name.rpartition(".")
+            if leaf == parts[0]:
+                yield [by_name[n] for p in parts if (n := f"{parent}.{p}") in by_name]
+
+
+def check_one_scheme(family: Sequence[SiteRecord], rule: str, hint: str) -> None:
+    """Refuse a family that is not stored in one way.
+
+    Raises:
+        TargetError: the first site that differs. rule: says why it must not.
+    """
+    for record in family[1:]:
+        if layout_of(record) != layout_of(family[0]):
+            raise TargetError(
+                f"{rule}, but {family[0].site.name} is {family[0].format} "
+                f"and this is {record.format}",
+                where=record.site.name,
+                hint=hint,
+            )
+
+
+def _check_storage(record: SiteRecord) -> None:
+    site = record.site
+    if site.transposed and site.param == "weight":
+        raise TargetError(
+            "the layer keeps its weight transposed (Conv1D); engines have no packed kernel for it",
+            where=site.name,
+            hint="bitnest serve runs this artifact",
+        )
+    fused = site.rows is None and site.param.startswith("gate_up")
+    if site.param != "weight" and (site.transposed or fused):
+        raise TargetError(
+            "the checkpoint keeps all experts in one tensor ("
+            + ("transposed" if site.transposed else "gate and up fused")
+            + "); engines load such a family by those names, without packed experts",
+            where=site.name,
+            hint="bitnest serve runs this artifact; or keep the experts dense",
+        )
+    if record.format != "dense":  # a dense one is a mix: refused with the layer's other experts
+        _check_groups(record)
+
+
+def _check_groups(record: SiteRecord) -> None:
+    layout, columns = packed_layout(record), record.site.shape[1]
+    if layout.group is None or columns % layout.group == 0:
+        return
+    if layout.family == "int":
+        fits = next((f"g{g}" for g in (128, 64, 32, 16) if columns % g == 0), "channel")
+        hint = f"choose a group that divides, for example {fits}"
+    else:
+        hint = f"give this site a format without groups: --rule '{record.site.name}=fp8-channel'"
+    raise TargetError(
+        f"{columns} input channels do not divide into groups of {layout.group}; "
+        f"{layout.format} has no short last group",
+        where=record.site.name,
+        hint=hint,
+    )
+
+
+def _check_experts(records: Sequence[SiteRecord]) -> None:
+    layers: dict[int, list[SiteRecord]] = {}
+    for record in records:
+        if record.site.kind == "expert":
+            layers.setdefault(record.site.layer, []).append(record)
+    for family in layers.values():
+        check_one_scheme(
+            family,
+            "engines load a layer's experts by one scheme",
+            "give all experts of a layer one format; layers may differ",
+        )
+
+
+def formats_of(records: Iterable[SiteRecord]) -> dict[str, int]:
+    """Formats of the packed sites, with counts."""
+    counts: dict[str, int] = {}
+    for record in packed_sites(records):
+        name = packed_format(record).name
+        counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -1,0 +1,175 @@
+"""Format names: one grammar, read and written.
+
+name      base [@transform]... [+residual]
+base      alias | element-grain[-option]...
+element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
+grain     tensor, channel, g16..g128, b<rows>x<columns>
+option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
+alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
+transform had16..had128, rhad16..rhad128, awq, perm
+residual  lorc<rank>, lqer<rank>, hlr<rank>
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from bitnest.errors import FormatError
+from bitnest.formats.base import DenseFormat
+from bitnest.formats.block import BlockFormat
+from bitnest.formats.elements import (
+    Element,
+    FloatElement,
+    IntElement,
+    TableElement,
+    TernaryElement,
+)
+from bitnest.formats.minifloat import MiniFloat
+from bitnest.formats.wrappers import AnyFormat, LowRankFormat, PackedFormat, TransformedFormat
+
+E4M3, E5M2 = MiniFloat(4, 3), MiniFloat(5, 2)
+E3M2, E2M3, E2M1 = MiniFloat(3, 2), MiniFloat(2, 3), MiniFloat(2, 1)
+
+_MX: dict[str, Element] = {
+    "mxfp8": FloatElement(E4M3),
+    "mxfp8_e5m2": FloatElement(E5M2),
+    "mxfp6": FloatElement(E2M3),
+    "mxfp6_e3m2": FloatElement(E3M2),
+    "mxfp4": FloatElement(E2M1),
+    "mxint8": IntElement(8),
+    "mxint6": IntElement(6),
+    "mxint4": IntElement(4),
+}
+_NV: dict[str, Element] = {"nvfp4": FloatElement(E2M1), "nvint4": IntElement(4)}
+ALIASES: dict[str, BlockFormat] = {
+    **{name: BlockFormat(e, 32, scale="e8m0", alias=name) for name, e in _MX.items()},
+    **{name: BlockFormat(e, 16, scale="e4m3", alias=name) for name, e in _NV.items()},
+}
+SHORT_FLOATS = {"fp8": E4M3, "fp6": E3M2, "fp4": E2M1}
+HINT = "for example int4-g128, int3-g64-asym, mxfp4, nvfp4, fp8-channel, nf4-g64; or dense"
+
+_NUMBER = r"(?:0|[1-9][0-9]{0,3})"  # one spelling for each number
+_BASE = re.compile(
+    rf"(?P<element>int(?P<int>{_NUMBER})|fp(?P<fp>{_NUMBER})(?:_e(?P<e>{_NUMBER})m(?P<m>{_NUMBER}))?"
+    rf"|nf4|lut(?P<lut>{_NUMBER})|ternary|dgq4)"
+    r"-(?:(?P<channel>channel)|(?P<tensor>tensor)"
+    rf"|g(?P<group>{_NUMBER})|b(?P<rows>{_NUMBER})x(?P<columns>{_NUMBER}))"
+    r"(?P<asym>-asym)?(?P<balanced>-balanced)?(?P<dict>-dict)?"
+    r"(?:-(?P<scale>m1|m2|dq|e8m0|e4m3))?(?:-(?P<rule>ocp|ceil))?"
+)
+_WRAPPER = re.compile(
+    r"(?P<mark>[@+])(?P<kind>had|rhad|awq|perm|lorc|lqer|hlr)(?P<number>[1-9][0-9]{0,3})?"
+)
+
+
+def parse_format(name: str) -> AnyFormat:
+    """The format spelt `name`, for example `int4-g128`, `mxfp4`, `int3-g64-asym@rhad64+lqer16`.
+
+    Raises:
+        FormatError: the name is not of that form, or its numbers are out of range.
+    """
+    if name == "dense":
+        return DenseFormat()
+    cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
+    return _wrap(parse_base(name[:cut], name), name[cut:], name)
+
+
+def parse_base(text: str, whole: str = "") -> BlockFormat:
+    """The format of `text`, which has no wrappers. whole: the name to complain about.
+
+    Raises:
+        FormatError: no such format.
+    """
+    alias, dash, rule = text.partition("-")
+    if alias in ALIASES:
+        fmt = ALIASES[alias]
+        if dash and (fmt.scale != "e8m0" or rule not in {"ocp", "ceil"}):
+            raise FormatError(
+                f"'{alias}' has no option '{rule}'",
+                hint="the MX formats take -ocp or -ceil, for how the exponent is chosen",
+            )
+        return replace(fmt, rule=rule)
+    match = _BASE.fullmatch(text)
+    if match is None:
+        raise FormatError(f"unknown format '{whole or text}'", hint=HINT)
+    return _base(match)
+
+
+def _base(match: re.Match[str]) -> BlockFormat:
+    element, scale = _element(match), match["scale"] or "half"
+    if match["asym"] and not isinstance(element, IntElement):
+        raise FormatError(f"only integers are asymmetric, not {match[0]}", hint="leave out -asym")
+    if match["balanced"] and not isinstance(element, IntElement):
+        raise FormatError(
+            f"only integers have a balanced range, not {match[0]}", hint="leave out -balanced"
+        )
+    if match["dict"] and not isinstance(element, TernaryElement):
+        raise FormatError(
+            f"only ternary codes have a dictionary, not {match[0]}", hint="leave out -dict"
+        )
+    if match["rule"] and scale != "e8m0":
+        raise FormatError(
+            f"only e8m0 scales have the rules ocp and ceil, not {match[0]}",
+            hint="for example int4-g32-e8m0-ceil",
+        )
+    if match["element"] == "dgq4":
+        if match["scale"] or match["asym"] or match["balanced"] or match["group"] is None:
+            raise FormatError(f"dgq4 has groups and nothing else, not {match[0]}", hint="dgq4-g128")
+        scale = "dual"
+    group = match["group"] or match["columns"]
+    rows = int(match["rows"]) if match["rows"] else (None if match["tensor"] else 1)
+    return BlockFormat(element, int(group) if group else None, rows, scale, match["rule"] or "")
+
+
+def _element(match: re.Match[str]) -> Element:
+    if match["int"]:
+        return IntElement(int(match["int"]), not match["asym"], bool(match["balanced"]))
+    if match["element"] == "dgq4":
+        return IntElement(4, symmetric=False)
+    if match["element"] == "ternary":
+        return TernaryElement(bool(match["dict"]))
+    if match["fp"]:
+        return FloatElement(_float(match))
+    if match["lut"]:
+        return TableElement(int(match["lut"]), learned=True)
+    return TableElement()
+
+
+def _float(match: re.Match[str]) -> MiniFloat:
+    bits = int(match["fp"])
+    if match["e"] is None:
+        short = SHORT_FLOATS.get(f"fp{bits}")
+        if short is None:
+            raise FormatError(
+                f"fp{bits} needs its exponent and mantissa bits", hint="for example fp5_e2m2-g32"
+            )
+        return short
+    spec = MiniFloat(int(match["e"]), int(match["m"]))
+    if spec.bits != bits:
+        raise FormatError(
+            f"{spec.name} has {spec.bits} bits with its sign, not {bits}",
+            hint=f"fp{spec.bits}_{spec.name}",
+        )
+    return spec
+
+
+def _wrap(fmt: BlockFormat, text: str, whole: str) -> PackedFormat:
+    wrapped: PackedFormat = fmt
+    place = 0
+    for match in _WRAPPER.finditer(text):
+        number = int(match["number"] or 0)
+        if match.start() != place or isinstance(wrapped, LowRankFormat):
+            break
+        if match["mark"] == "@":
+            wrapped = TransformedFormat(wrapped, match["kind"], number)
+        else:
+            wrapped = LowRankFormat(wrapped, match["kind"], number)
+        place = match.end()
+    if place != len(text):
+        raise FormatError(
+            f"unknown format '{whole}'",
+            hint="after the format: @had64, @rhad64, @awq or @perm, then +lorc16, +lqer16 "
+            "or +hlr16",
+        )
+    return wrapped

@@ -1,0 +1,161 @@
+"""Formats around a format: a transform of the input axis before it, a low-rank residual behind it.
+
+    base@had64     W R stored, R the block Hadamard matrix of 64; W_hat = decode R^T
+    base@rhad64    the same with random signs (`kernels/hadamard.py` says which)
+    base@awq       W diag(s) stored, s HALF (I,) in `channels`; W_hat = decode diag(1/s)
+    base@perm      columns in the order I32 (I,) of `order`; W_hat[:, order] = decode
+    base+lorc16    W_hat = decode + B A: B (O, r) and A (r, I) in int8 codes, a 16-bit scale per
+    base+lqer16    column of B and row of A: `left` I8 (O, r), `left_scales` HALF (r,), `right` I8
+    base+hlr16     (r, I), `right_scales` HALF (r,). lorc fits to no inputs, lqer to their RMS, hlr
+                   to their second moments (`quantize/lowrank.py`)
+
+What is decoded is always the weight in its own basis, so nothing around it needs to know: every
+family runs, routers see what they always saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitnest.errors import FormatError
+from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
+from bitnest.formats.block import BlockFormat
+
+TRANSFORMS = ("had", "rhad", "awq", "perm")
+HADAMARD_BLOCKS = (16, 32, 64, 128)
+RESIDUALS = ("lorc", "lqer", "hlr")
+MAX_RANK = 512
+
+
+@dataclass(frozen=True)
+class TransformedFormat:
+    """A format whose matrix is transformed along its input axis before it is stored.
+
+    kind: one of TRANSFORMS. block: of a Hadamard matrix, 0 otherwise.
+
+    Raises:
+        FormatError: no such transform.
+    """
+
+    base: BlockFormat | TransformedFormat
+    kind: str
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        blocks = HADAMARD_BLOCKS if self.kind in {"had", "rhad"} else (0,)
+        if self.kind not in TRANSFORMS or self.block not in blocks:
+            raise FormatError(
+                f"unknown transform '@{self.kind}{self.block or ''}'",
+                hint="@had16 to @had128, @rhad16 to @rhad128, @awq or @perm",
+            )
+        inner = self.base
+        while isinstance(inner, TransformedFormat):
+            if inner.kind == self.kind:
+                raise FormatError(f"@{self.kind} twice", hint="each transform goes once")
+            inner = inner.base
+
+    @property
+    def name(self) -> str:
+        """The spelling that `parse_format` reads back."""
+        return f"{self.base.name}@{self.kind}{self.block or ''}"
+
+    @property
+    def bits(self) -> float:
+        """Bits of one code."""
+        return self.base.bits
+
+    @property
+    def row_tile(self) -> int | None:
+        """Output rows that share stored numbers."""
+        return self.base.row_tile
+
+    @property
+    def fixed_size(self) -> bool:
+        """As the base's."""
+        return self.base.fixed_size
+
+    def own_parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """What the transform adds."""
+        if self.kind == "awq":
+            return {"channels": Part(HALF, (shape[1],))}
+        return {"order": Part("I32", (shape[1],))} if self.kind == "perm" else {}
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Stored tensors of a weight of that (out, in) shape."""
+        return {**self.base.parts(shape), **self.own_parts(shape)}
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes on disk of a weight of that (out, in) shape, everything included."""
+        return total_bytes(self.parts(shape))
+
+
+@dataclass(frozen=True)
+class LowRankFormat:
+    """A format with a low-rank correction of its error.
+
+    kind: lorc, lqer or hlr. rank: of the correction, at most the smaller side of the matrix.
+
+    Raises:
+        FormatError: no such kind or rank.
+    """
+
+    base: BlockFormat | TransformedFormat
+    kind: str
+    rank: int
+
+    row_tile = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in RESIDUALS or not 1 <= self.rank <= MAX_RANK:
+            raise FormatError(
+                f"unknown residual '+{self.kind}{self.rank}'",
+                hint=f"+lorc<rank>, +lqer<rank> or +hlr<rank>, rank 1 to {MAX_RANK}",
+            )
+
+    @property
+    def name(self) -> str:
+        """The spelling that `parse_format` reads back."""
+        return f"{self.base.name}+{self.kind}{self.rank}"
+
+    @property
+    def bits(self) -> float:
+        """Bits of one code of the base."""
+        return self.base.bits
+
+    @property
+    def fixed_size(self) -> bool:
+        """As the base's."""
+        return self.base.fixed_size
+
+    def rank_of(self, shape: tuple[int, int]) -> int:
+        """The rank a matrix of that shape gets."""
+        return min(self.rank, *shape)
+
+    def own_parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """What the residual adds."""
+        rank = self.rank_of(shape)
+        return {
+            "left": Part("I8", (shape[0], rank)),
+            "left_scales": Part(HALF, (rank,)),
+            "right": Part("I8", (rank, shape[1])),
+            "right_scales": Part(HALF, (rank,)),
+        }
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Stored tensors of a weight of that (out, in) shape."""
+        return {**self.base.parts(shape), **self.own_parts(shape)}
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes on disk of a weight of that (out, in) shape, everything included."""
+        return total_bytes(self.parts(shape))
+
+
+PackedFormat = BlockFormat | TransformedFormat | LowRankFormat
+AnyFormat = PackedFormat | DenseFormat
+
+
+def block_format(fmt: PackedFormat) -> BlockFormat:
+    """The format at the core of its wrappers."""
+    while not isinstance(fmt, BlockFormat):
+        fmt = fmt.base
+    return fmt

@@ -1,0 +1,179 @@
+"""Quantising a batch of matrices in any format: codecs inside, wrappers around them.
+
+    @had, @rhad   solve W R against R^T H R, then W_hat = solution R^T
+    @awq          solve W diag(s) against diag(1/s) H diag(1/s)
+    @perm         solve W[:, order] against H[order, order]; order descends by diag(H)
+    +lorc, +lqer  solve, then fit B A to the error that is left
+
+A solution's error is tr(dW H dW^T), which no transform changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from bitnest.formats import BlockFormat, LowRankFormat, PackedFormat, TransformedFormat
+from bitnest.kernels.decode import SIGNS_SEED, low_rank, undo_transform
+from bitnest.kernels.hadamard import random_signs, rotate
+from bitnest.quantize.codecs.block import BlockCodec
+from bitnest.quantize.gptq import gptq, rtn
+from bitnest.quantize.lowrank import (
+    TURNS,
+    Best,
+    beyond_reach,
+    fit_low_rank,
+    no_factors,
+    norm_root,
+)
+from bitnest.quantize.transforms.channel_scales import search
+
+
+@dataclass(frozen=True)
+class Options:
+    """Dials of the solver.
+
+    method: gptq or rtn. damp: see gptq. weighting: tokens' weights in an expert's H. min_tokens:
+    tokens under which an expert's H leans on the layer's; None: its number of input channels.
+    clip: search clipping ratios. half: stored type of 16-bit scales.
+    """
+
+    method: str = "gptq"
+    damp: float = 0.03
+    weighting: str = "gate"
+    min_tokens: int | None = None
+    clip: bool = True
+    half: torch.dtype = torch.bfloat16
+
+
+class Solution(Protocol):
+    """B solved matrices. weight: decoded, (B, O, I) float32. error: per row, (B, O)."""
+
+    weight: torch.Tensor
+    error: torch.Tensor
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """Stored tensors of some rows of matrix b, which are one site's."""
+
+
+@dataclass
+class Wrapped:
+    """A solution with what its wrapper adds: tensors of matrix b, the same for all its rows."""
+
+    base: Solution
+    weight: torch.Tensor
+    error: torch.Tensor
+    own: list[dict[str, torch.Tensor]]
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """Stored tensors of some rows of matrix b."""
+        return {**self.base.store(b, rows), **self.own[b]}
+
+
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: PackedFormat, options: Options
+) -> Solution:
+    """Quantise B matrices (B, O, I) float32, each against its own H (B, I, I) if there is one.
+
+    Without H, or with method rtn, weights are rounded to nearest; the error without H is the plain
+    squared difference.
+    """
+    if isinstance(fmt, BlockFormat):
+        return _solve_block(weight, hessian, fmt, options)
+    if isinstance(fmt, LowRankFormat):
+        return _solve_low_rank(weight, hessian, fmt, options)
+    kinds = {"awq": _awq, "perm": _permuted, "had": _hadamard, "rhad": _hadamard}
+    w, h, own = kinds[fmt.kind](weight, hessian, fmt, options)
+    base = solve(w, h, fmt.base, options)
+    tensors = [{key: value[b] for key, value in own.items()} for b in range(len(weight))]
+    decoded = [undo_transform(m, fmt, t) for m, t in zip(base.weight, tensors, strict=True)]
+    return Wrapped(base, torch.stack(decoded), base.error, tensors)
+
+
+def needs_statistics(fmt: PackedFormat) -> bool:
+    """Whether the format cannot be chosen without inputs: even round-to-nearest needs H then."""
+    if isinstance(fmt, BlockFormat):
+        return False
+    return fmt.kind in {"awq", "perm", "lqer", "hlr"} or needs_statistics(fmt.base)
+
+
+def weighted_error(miss: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
+    """tr(dW H dW^T) per row, or |dW|^2: (B, O) of dW (B, O, I)."""
+    if hessian is None:
+        return miss.square().sum(2)
+    return ((miss @ hessian) * miss).sum(2)
+
+
+def _solve_block(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: BlockFormat, options: Options
+) -> Solution:
+    codec = BlockCodec(fmt, options.half, options.clip)
+    if hessian is not None and options.method != "rtn":
+        return gptq(weight, hessian, codec, damp=options.damp)
+    result = rtn(weight, codec)
+    if hessian is not None:
+        result.error = weighted_error(weight - result.weight, hessian)
+    return result
+
+
+def _solve_low_rank(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: LowRankFormat, options: Options
+) -> Solution:
+    batch, rank = range(len(weight)), fmt.rank_of((weight.shape[1], weight.shape[2]))
+    roots = [norm_root(fmt.kind, None if hessian is None else hessian[b]) for b in batch]
+    best, target, h = Best.of(weight), weight, hessian
+    for turn in range(TURNS[fmt.kind]):
+        base = solve(target, h, fmt.base, options)
+        miss = weight - base.weight
+        fitted = [fit_low_rank(miss[b], roots[b], rank, options.half) for b in batch]
+        residual = torch.stack([low_rank(factors) for factors in fitted])
+        best.offer(base.weight + residual, weighted_error(miss - residual, hessian), base, fitted)
+        if turn == 0:
+            nothing = [no_factors(factors) for factors in fitted]
+            best.offer(base.weight, weighted_error(miss, hessian), base, nothing)
+        if turn + 1 < TURNS[fmt.kind]:
+            target = weight - residual
+            h = torch.stack([beyond_reach(fitted[b], roots[b]) for b in batch])
+    return best
+
+
+Transformed = tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]
+
+
+def _hadamard(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: TransformedFormat, _: Options
+) -> Transformed:
+    signs = random_signs(weight.shape[2], SIGNS_SEED) if fmt.kind == "rhad" else None
+    w = rotate(weight, fmt.block, signs)
+    if hessian is None:
+        return w, None, {}
+    half = rotate(hessian, fmt.block, signs).transpose(1, 2)
+    return w, rotate(half, fmt.block, signs), {}
+
+
+def _permuted(
+    weight: torch.Tensor, hessian: torch.Tensor | None, _: TransformedFormat, __: Options
+) -> Transformed:
+    assert hessian is not None
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    w = torch.stack([m[:, o] for m, o in zip(weight, order, strict=True)])
+    h = torch.stack([m[o][:, o] for m, o in zip(hessian, order, strict=True)])
+    return w, h, {"order": order.to(torch.int32)}
+
+
+def _awq(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: TransformedFormat, options: Options
+) -> Transformed:
+    assert hessian is not None
+    scales = []
+    for w, h in zip(weight, hessian, strict=True):
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return solve(x[None], None, fmt.base, options).weight[0]
+
+        scales.append(search(w, h, rounded).scale.to(options.half))
+    s = torch.stack(scales)
+    wide = s.float()[:, None, :]
+    return weight * wide, hessian / wide / wide.transpose(1, 2), {"channels": s}
