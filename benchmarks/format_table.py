@@ -62,7 +62,7 @@ def main() -> None:
         ]
         started = time.monotonic()
         report = api.evaluate(
-            [row["path"] for row in rows], against=args.model, data=args.data
+            [row["path"] for row in rows], against=args.model, data=args.data, batch_size=32
         ).to_json()
         print(f"evaluated in {time.monotonic() - started:.0f} s", file=sys.stderr)
     table = [

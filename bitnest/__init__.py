@@ -1,8 +1,7 @@
 """bitnest: compress large language models, prove what was lost, and serve them.
 
-The verbs of the command line are functions here: `compress`, `load`, `evaluate`, `export` ... They are
-imported when first used. Importing bitnest makes transformers open its artifacts:
-`AutoModelForCausalLM.from_pretrained(ARTIFACT)`.
+The verbs of the command line are functions here, imported when first used. Importing bitnest makes
+transformers open its artifacts: `AutoModelForCausalLM.from_pretrained(ARTIFACT)`.
 """
 
 from __future__ import annotations

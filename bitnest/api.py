@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.artifact import Artifact, SiteRecord, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
-from bitnest.errors import CheckpointError, RecipeError
+from bitnest.errors import ArtifactError, CheckpointError, RecipeError
 from bitnest.formats import parse_format
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
@@ -106,11 +106,11 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
     bits, group or format: the default format (4 bits in groups of 128). rules: PATTERN=FORMAT,
-    later ones win. data: calibration texts, `label=source`; none means the embedded text. samples,
-    length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see
-    `Recipe`. memory: bytes the process may use. compute: type samples are calibrated in, see
-    `quantize.compress.prepare`. fresh: forget an unfinished run instead of
-    resuming it.
+    later ones win. data: calibration texts, `label=source`; none means the embedded text, or no
+    text at all for rtn, whose error is measured on the text if one is given. samples, length:
+    calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
+    memory: bytes the process may use. compute: type samples are calibrated in, see
+    `quantize.compress.prepare`. fresh: forget an unfinished run instead of resuming it.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -137,7 +137,7 @@ def compress(
         compute=compute,
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    if wants_calibration(job):
+    if data or wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
         calibration = _calibration(tokenizer, data, samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
@@ -275,10 +275,13 @@ def export(
     )
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(
+    model: str | Path, *, verify: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """What is in `model`: every site with shape, kind and format, and the rest by name.
 
-    Works on checkpoints and artifacts without loading weights.
+    Works on checkpoints and artifacts without loading weights. verify: read every file of an
+    artifact and compare its sha256 with the manifest.
 
     Raises:
         BitnestError: the directory cannot be read or the family cannot be handled.
@@ -290,7 +293,17 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, 
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
-        return {"path": str(path), "kind": "artifact", **kept, "sites": sites}
+        found = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
+        if verify:
+            artifact.verify()
+            found["verified"] = len(artifact.manifest["files"])
+        return found
+    if verify:
+        raise ArtifactError(
+            "a checkpoint has no checksums to verify",
+            where=str(path),
+            hint="--verify is for artifacts that bitnest compress made",
+        )
     from bitnest.sites import find_sites
     from bitnest.skeleton import Skeleton
 

@@ -39,7 +39,8 @@ mxfp4-ceil mxint8 mxint8-ocp mxint6 mxint4-ceil nvfp4 nvint4 nf4-g64 nf4-g64-dq 
 nf4-g32-e8m0-ocp lut2-g64 lut3-g64 lut4-channel lut2-channel dgq4-g128 dgq4-g32 ternary-g128
 ternary-channel ternary-b16x32 ternary-g32-e8m0-ocp ternary-channel-dict ternary-tensor-dict
 ternary-g128-dict-m2 int4-g128@had64 nvint4@rhad16 int3-g128@awq int3-g128@perm
-lut3-channel@awq@perm int3-g128+lorc8 int3-g64@rhad32+lqer16 ternary-g64-dict@had16+lorc2
+lut3-channel@awq@perm int3-g128+lorc8 int3-g64@rhad32+lqer16 int2-g32+hlr4
+ternary-g64-dict@had16+lorc2
 """
 FAMILIES = FAMILY_NAMES.split()
 
@@ -84,7 +85,7 @@ def names(draw: st.DrawFn) -> str:
     kinds = draw(st.lists(st.sampled_from(["had", "rhad", "awq", "perm"]), unique=True, max_size=3))
     block = st.sampled_from([16, 32, 64, 128])
     wrappers = [f"@{kind}{draw(block) if 'had' in kind else ''}" for kind in kinds]
-    residual = draw(st.sampled_from(["", "+lorc", "+lqer"]))
+    residual = draw(st.sampled_from(["", "+lorc", "+lqer", "+hlr"]))
     if residual:
         wrappers.append(f"{residual}{draw(st.integers(1, 512))}")
     return draw(bases()) + "".join(wrappers)

@@ -296,12 +296,15 @@ def test_artifact_with_a_damaged_file_never_opens(
 def test_flipped_bit_is_found_by_verify(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     api.compress(model, out, data=[str(text)], **OPTIONS)
+    assert api.inspect(out, verify=True)["verified"] == len(list(out.iterdir())) - 1
     file = out / "packed-00003-of-00006.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(ArtifactError, match="checksum"):
         Artifact.open(out).verify()
+    with pytest.raises(ArtifactError, match="checksum"):
+        api.inspect(out, verify=True)
 
 
 def test_failure_before_the_first_block_leaves_nothing(

@@ -12,8 +12,10 @@ from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 def command(
     model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
-    bits: float = typer.Option(None, "--bits", help="Code width of every site, 2 to 8. [4]"),
-    format: str = typer.Option(None, "--format", help="int4-g128, int3-g64-asym, int8-channel ..."),
+    bits: float = typer.Option(None, "--bits", help="Code width of every site, 1 to 8. [4]"),
+    format: str = typer.Option(
+        None, "--format", help="int3-g64-asym, mxfp4, nvfp4, fp8-channel ...: see bitnest formats."
+    ),
     group: int = typer.Option(None, "--group", help="Input channels per scale, 16 to 128. [128]"),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn."),
     rule: list[str] = typer.Option(

@@ -13,17 +13,20 @@ from bitnest.cli.options import Json, Remote
 def command(
     model: str = typer.Argument(help="Checkpoint or artifact: directory, hub id, or 'demo'."),
     sites: bool = typer.Option(False, "--sites", help="List every site."),
+    verify: bool = typer.Option(
+        False, "--verify", help="Read every file of an artifact and compare it with its checksum."
+    ),
     json: bool = Json,
     trust_remote_code: bool = Remote,
 ) -> None:
-    """Show a model's sites, kinds and formats without loading its weights."""
+    """Show a model's sites, kinds and formats; its weights are read only to --verify them."""
     from bitnest.cli.render import print_json
     from bitnest.cli.setup import prepare_process
 
     prepare_process()
     from bitnest import api
 
-    found = api.inspect(model, trust_remote_code=trust_remote_code)
+    found = api.inspect(model, verify=verify, trust_remote_code=trust_remote_code)
     if json:
         print_json(found)
         return
@@ -33,6 +36,8 @@ def command(
 def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"{found['kind']}: {found['path']}")
     typer.echo(f"architecture: {found['architecture']}")
+    if "verified" in found:
+        typer.echo(f"checksums: {found['verified']} files match")
     counts: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for site in found["sites"]:
         counts[(site["kind"], site.get("format", ""), tuple(site["shape"]))] += 1

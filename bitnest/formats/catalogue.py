@@ -109,6 +109,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "residual": {
         "int3-g128+lorc16": "LoRC: a rank-16 correction of the error, in int8",
         "int3-g128+lqer16": "LQER: the same, weighted by the RMS of the inputs seen",
+        "int3-g128+hlr16": "weighted by all of H, codes and residual fitted in turns (ours)",
         "int3-g128+hlr16": "the same, weighted by all their second moments",
     },
     "dense": {"dense": "the source's own 16-bit values"},
