@@ -219,17 +219,19 @@ def compare_formats(
     samples: int = 32,
     length: int = 256,
     clip: bool = True,
+    gptq: bool = False,
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """QSNR, H-weighted error and crest factors of every format on the weights of `model`.
+    """QSNR, H-weighted error and crest factors of every format on the weights of `model`, and
+    QSNR and crest factors on what they read.
 
     formats: names; none means the catalogue's uniform ones. sites: a pattern as in rules. per_kind:
     sites measured of each kind, at most. calibrate: False looks at weights only, without `data`.
-    The rest as in `compress`.
+    gptq: give the H-weighted error of GPTQ too. The rest as in `compress`.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -237,6 +239,8 @@ def compare_formats(
     from bitnest.quantize.compare import choose_sites, compare, parse_formats
     from bitnest.quantize.compress import prepare, with_calibration
 
+    if gptq and not calibrate:
+        raise RecipeError("GPTQ needs inputs, and --no-data has none", hint="leave one out")
     chosen = parse_formats(formats, data=calibrate)
     checkpoint = Checkpoint.open(model)
     job = prepare(
@@ -254,7 +258,14 @@ def compare_formats(
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
         job = with_calibration(job, calibration)
     return compare(
-        job, chosen, measured, pattern=sites, per_kind=per_kind, clip=clip, progress=progress
+        job,
+        chosen,
+        measured,
+        pattern=sites,
+        per_kind=per_kind,
+        clip=clip,
+        gptq=gptq,
+        progress=progress,
     )
 
 
@@ -293,11 +304,11 @@ def inspect(
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
-        found = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
+        content = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
         if verify:
             artifact.verify()
-            found["verified"] = len(artifact.manifest["files"])
-        return found
+            content["verified"] = len(artifact.manifest["files"])
+        return content
     if verify:
         raise ArtifactError(
             "a checkpoint has no checksums to verify",

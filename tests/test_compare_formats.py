@@ -10,6 +10,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from bitnest import api, errors
 from bitnest.calibrate.data import calibration_windows, parse_source
 from bitnest.cli import main
-from bitnest.cli.compare_formats import apart
+from bitnest.cli.format_plot import apart, arrange
 from bitnest.errors import RecipeError
 from bitnest.export.support import engines_of
 from bitnest.formats import parse_format
@@ -31,12 +32,15 @@ from bitnest.quantize.compare import (
     BINS,
     BLOCKS,
     Comparison,
+    CrestTally,
     FormatScore,
     KindReport,
-    _CrestTally,
     choose_sites,
     crest_factors,
+    on_the_fly,
 )
+from bitnest.quantize.compare.inputs import SAMPLE, RowSample, spread_rows
+from bitnest.quantize.compare.measure import Measure
 from bitnest.quantize.solve import Options, solve
 from bitnest.sites import Site
 from tests.tiny import FAMILIES, Builder
@@ -96,18 +100,21 @@ def by_hand(name: str, w: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def inputs_seen(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """H of every site of a Mixtral, in float64: mean of x x^T, gate-weighted for experts."""
+Read = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def rows_read(model: Path, tokens: torch.Tensor) -> Read:
+    """What every site of a Mixtral reads, in order: rows in float64, and their weights in H: 1 / n,
+    or an expert's gate weights over their sum."""
     from transformers import AutoModelForCausalLM
 
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    sums: dict[str, Any] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
     routed: dict[str, list[tuple[torch.Tensor, ...]]] = {}
 
     def linear(name: str) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach().double().flatten(0, -2)
-            sums[name] = sums.get(name, 0) + x.T @ x
+            seen.setdefault(name, []).append(args[0].detach().double().flatten(0, -2))
 
         return hook
 
@@ -125,38 +132,54 @@ def inputs_seen(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for sample in tokens:
             net(sample[None])
+    found: Read = {}
+    for name, parts in seen.items():
+        rows = torch.cat(parts).numpy()
+        found[name] = (rows, np.full(len(rows), 1 / len(rows)))
     modules = dict(net.named_modules())
     for name, calls in routed.items():
         x, index, gates = (torch.cat([call[i] for call in calls]) for i in range(3))
         up_weight = modules[name].gate_up_proj.detach().double()
         for expert in range(len(up_weight)):
-            rows, places = torch.nonzero(index == expert, as_tuple=True)
-            g = gates[rows, places].double()[:, None] / float(gates[rows, places].double().sum())
-            own = x[rows].double()
+            tokens_of, places = torch.nonzero(index == expert, as_tuple=True)
+            g = gates[tokens_of, places].double()
+            own = x[tokens_of].double()
             gate, up = (own @ up_weight[expert].T).chunk(2, dim=1)
             inner = torch.nn.functional.silu(gate) * up
-            for leaf, seen in (("w1", own), ("w3", own), ("w2", inner)):
-                sums[f"{name}.{expert}.{leaf}"] = seen.T @ (seen * g)
-    return {name: total.numpy() for name, total in sums.items()}
+            for leaf, rows_of in (("w1", own), ("w3", own), ("w2", inner)):
+                found[f"{name}.{expert}.{leaf}"] = (rows_of.numpy(), (g / g.sum()).numpy())
+    # transformers names the experts' block differently from the checkpoint
+    return {name.replace("mlp.experts", "block_sparse_moe.experts"): v for name, v in found.items()}
+
+
+def hessian(read: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    rows, weights = read
+    return rows.T @ (rows * weights[:, None])
+
+
+@pytest.fixture(scope="module")
+def read_by(tiny: Builder, text: Path) -> Read:
+    """What the sites read in `study`."""
+    tokens = calibration_windows(
+        api.load_tokenizer(tiny("mixtral")), [parse_source(str(text))],
+        samples=SAMPLES, length=LENGTH, seed=0,
+    ).tokens  # fmt: skip
+    return rows_read(tiny("mixtral"), tokens)
 
 
 @pytest.fixture(scope="module")
 def study(tiny: Builder, text: Path) -> Comparison:
-    """All sites of a Mixtral, unclipped."""
+    """All sites of a Mixtral, unclipped, with GPTQ."""
     return api.compare_formats(
         tiny("mixtral"), formats=CHECKED, per_kind=10**6, data=[f"words={text}"],
-        samples=SAMPLES, length=LENGTH, clip=False,
+        samples=SAMPLES, length=LENGTH, clip=False, gptq=True,
     )  # fmt: skip
 
 
 def test_figures_match_an_independent_float64_computation(
-    study: Comparison, tiny: Builder, text: Path
+    study: Comparison, tiny: Builder, read_by: Read
 ) -> None:
     model = tiny("mixtral")
-    tokens = calibration_windows(
-        api.load_tokenizer(model), [parse_source(str(text))], samples=SAMPLES, length=LENGTH, seed=0
-    ).tokens
-    seen = inputs_seen(model, tokens)
     for report in study.kinds:
         assert (report.starved, report.silent) == (0, 0)
         for name in CHECKED:
@@ -165,8 +188,7 @@ def test_figures_match_an_independent_float64_computation(
                 if site["kind"] != report.kind:
                     continue
                 w = read(model, site["name"])
-                # transformers names the experts' block differently from the checkpoint
-                h = seen[site["name"].replace("block_sparse_moe", "mlp")]
+                h = hessian(read_by[site["name"]])
                 miss = w - by_hand(name, w)
                 noise += w.size * (miss**2).sum() / (w**2).sum()
                 loss += w.size * np.trace(miss @ h @ miss.T) / np.trace(w @ h @ w.T)
@@ -174,6 +196,153 @@ def test_figures_match_an_independent_float64_computation(
             found = score(report, name)
             assert found.qsnr == pytest.approx(-10 * math.log10(noise / numel), abs=2e-3)
             assert found.h_error == pytest.approx(loss / numel, rel=2e-3)
+
+
+def test_gptq_errors_match_a_float64_computation_and_are_never_worse(
+    study: Comparison, tiny: Builder, read_by: Read
+) -> None:
+    model = tiny("mixtral")
+    options = Options(method="gptq", clip=False)
+    for report in study.kinds:
+        names = [s["name"] for s in api.inspect(model)["sites"] if s["kind"] == report.kind]
+        for name in CHECKED:
+            loss = numel = 0.0
+            for site in names:
+                w, h = read(model, site), hessian(read_by[site])
+                wide, full = torch.from_numpy(w).float()[None], torch.from_numpy(h).float()[None]
+                swept = solve(wide, full, parse_format(name), options).weight[0].double().numpy()
+                loss += w.size * np.trace((w - swept) @ h @ (w - swept).T) / np.trace(w @ h @ w.T)
+                numel += w.size
+            found = score(report, name)
+            assert found.gptq_error == pytest.approx(loss / numel, rel=1e-2)
+            assert found.gptq_worse == 0
+            assert found.h_error is not None and found.gptq_error < found.h_error
+
+
+def test_sites_where_gptq_is_worse_are_counted(
+    tiny: Builder, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poor(w: torch.Tensor, h: Any, fmt: Any, options: Options) -> Any:
+        """GPTQ as if it had two bits, on matrices of 64 channels."""
+        spoilt = options.method == "gptq" and w.shape[2] == 64
+        return solve(w, h, parse_format("int2-g32") if spoilt else fmt, options)
+
+    monkeypatch.setattr("bitnest.quantize.compare.measure.solve", poor)
+    result = api.compare_formats(
+        tiny("mixtral"), formats=["int6-g32"], data=[str(text)], samples=4, length=32, gptq=True
+    )
+    worse = {report.kind: report.scores[0].gptq_worse for report in result.kinds}
+    assert worse == {"attention": 8, "expert": 16}  # down projections have 40 channels
+
+
+# What the sites read
+
+
+def sampled(rows: np.ndarray) -> np.ndarray:
+    """The rows that stand for all: those of the 256 least frac(i * golden ratio)."""
+    golden = (math.sqrt(5) - 1) / 2
+    return rows[np.argsort(np.arange(len(rows)) * golden % 1)[:256]]
+
+
+def test_inputs_match_an_independent_float64_computation(study: Comparison, read_by: Read) -> None:
+    leaves = {"attention": ("q_proj", "o_proj"), "expert": ("w1", "w2")}  # k, v and w3 share
+    for report in study.kinds:
+        names = [name for name in read_by if name.endswith(leaves[report.kind])]
+        inputs = report.inputs
+        assert inputs is not None and inputs.inputs == len(names)
+        samples = [sampled(read_by[name][0]) for name in names]
+        assert inputs.tokens == sum(map(len, samples))
+        numel = sum(x.size for x in samples)
+        for found in inputs.scores:
+            noise = sum(
+                x.size * ((x - by_hand(found.format, x)) ** 2).sum() / (x**2).sum() for x in samples
+            )
+            assert found.qsnr == pytest.approx(-10 * math.log10(noise / numel), abs=5e-3)
+        crest = next(c for c in inputs.crests if c.block == 16 and not c.rotated)
+        squares = 0.0
+        for x in samples:
+            blocks = np.split(x, range(16, x.shape[1], 16), axis=1)
+            peaks = sum(b.shape[1] * (np.abs(b).max(1) ** 2).sum() for b in blocks)
+            squares += x.size * peaks / (x**2).sum()
+        assert crest.effective == pytest.approx(math.sqrt(squares / numel), rel=1e-4)
+
+
+def test_sample_of_rows_is_even_and_the_same_however_they_arrive() -> None:
+    x = torch.arange(5000.0)[:, None].expand(-1, 3)
+    sample, start = RowSample(), 0
+    for count in (0, 1, 300, 700, 0, 2048, 1951):
+        sample.add(x[start : start + count])
+        start += count
+    assert torch.equal(sample.rows, x[spread_rows(5000)])
+    assert spread_rows(7).tolist() == list(range(7))
+    assert spread_rows(0).tolist() == []
+    for window in (64, 100, 256):  # first tokens of windows are unlike others
+        rows = spread_rows(32 * window)
+        assert len(rows) == SAMPLE
+        assert rows.diff().max() <= 3 * 32 * window / SAMPLE
+        first = int((rows % window == 0).sum())
+        assert abs(first - SAMPLE / window) <= 3
+
+
+@pytest.mark.parametrize("outlier", [1.0, 8.0], ids=["plain", "outliers"])
+def test_outlier_channels_of_inputs_cost_nvint4_its_lead_and_rotation_gives_it_back(
+    outlier: float, tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    def edit(name: str, value: torch.Tensor) -> torch.Tensor:
+        if "layernorm" in name:  # what attention and experts read
+            value[5::16] *= outlier
+        return value
+
+    model = change(tiny("mixtral"), tmp_path / "model", edit)
+    result = api.compare_formats(
+        model, sites="re:.*(q_proj|w1)", data=[str(text)], samples=8, length=32, clip=False,
+        formats=["nvint4", "nvfp4", "nvint4@had16", "nvfp4@had16", "mxint8", "mxfp8"],
+    )  # fmt: skip
+    assert [report.kind for report in result.kinds] == ["attention", "expert"]
+    for report in result.kinds:
+        assert report.inputs is not None
+        found = {v.integer: v for v in report.inputs.verdicts}
+        assert set(found) == {"nvint4", "nvint4@had16", "mxint8"}
+        assert all(verdict.says == verdict.measured for verdict in found.values())
+        assert found["mxint8"].measured == found["nvint4@had16"].measured == "int"
+        assert found["nvint4"].measured == ("fp" if outlier > 1 else "int")
+        assert found["nvint4"].h_gain is None
+
+
+def test_heavy_tails_cost_nvint4_its_lead_and_rotation_gives_it_back() -> None:
+    names = ["nvint4", "nvfp4", "nvint4@had16", "nvfp4@had16"]
+    measure = Measure(
+        [parse_format(name) for name in names], ["mlp"],
+        half=torch.bfloat16, clip=True, gptq=False,
+    )  # fmt: skip
+    rows = np.random.default_rng(0).standard_t(4, (256, 512))
+    measure.inputs("mlp", torch.from_numpy(rows))
+    plain, rotated = measure.tallies["mlp"].inputs.report().verdicts
+    assert (plain.says, plain.measured) == ("fp", "fp")
+    assert (rotated.says, rotated.measured) == ("int", "int")
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        *((name, True) for name in ("int4-g128", "int8-channel", "int4-g32-asym", "fp6_e3m2-g64")),
+        *((name, True) for name in ("mxfp4-ocp", "mxint8@had32", "nvfp4@rhad16", "nvint4")),
+        *((name, False) for name in ("int8-tensor", "int8-b128x128", "nf4-g64", "lut4-channel")),
+        *((name, False) for name in ("dgq4-g128", "ternary-g128", "int4-g32-dq", "int4-g128@awq")),
+        *((name, False) for name in ("int4-g128@perm", "int3-g128+lorc16", "nf4-g64@had32")),
+    ],
+)
+def test_formats_that_need_more_than_one_token_are_left_out_of_inputs(
+    name: str, expected: bool
+) -> None:
+    fmt = parse_format(name)
+    assert on_the_fly(fmt) is expected
+    if expected:  # a token is rounded the same whatever stands beside it, but for nv's global scale
+        x = torch.randn(1, 40, 96, generator=torch.Generator().manual_seed(0))
+        x[0, 0, 0] = 9.0
+        live = Options(method="rtn", clip=False)
+        whole = solve(x, None, fmt, live).weight
+        assert torch.equal(whole[:, :7], solve(x[:, :7], None, fmt, live).weight)
 
 
 def read(model: Path, site: str) -> np.ndarray:
@@ -222,7 +391,7 @@ def test_crest_factors_of_known_blocks() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_crest_statistics_match_sorted_values(block: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    tally = _CrestTally(block, rotated=False)
+    tally = CrestTally(block, rotated=False)
     parts = [torch.randn(64, 200, generator=generator) for _ in range(3)]
     for part in parts:
         tally.add(part)
@@ -242,7 +411,7 @@ def test_crest_statistics_match_sorted_values(block: int) -> None:
 
 
 def test_extreme_crest_factors_stay_within_the_histogram() -> None:
-    tally = _CrestTally(16, rotated=False)
+    tally = CrestTally(16, rotated=False)
     assert tally.result() is None
     tally.add(torch.eye(16) * 1e-30)
     tally.add(torch.ones(16, 16))
@@ -331,11 +500,12 @@ def test_entropy_coded_bytes_are_those_stored(tiny: Builder) -> None:
 
 
 def test_without_data_nothing_is_run(tiny: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnest.quantize.compare.Stream", None)
+    monkeypatch.setattr("bitnest.quantize.compare.study.Stream", None)
     result = api.compare_formats(tiny("gpt_oss"), formats=["mxfp4"], calibrate=False)
     assert result.calibration is None
     assert of_kind(result, "expert").sites == 16
     assert all(found.h_error is None for report in result.kinds for found in report.scores)
+    assert all(report.inputs is None for report in result.kinds)
 
 
 def test_weights_that_are_not_numbers_are_refused_without_data_too(
@@ -430,6 +600,11 @@ def test_json_of_every_kind(run: Run, tiny: Builder, text: Path) -> None:
         assert {c["block"] for c in kind["crests"]} == set(BLOCKS)
         (verdict,) = kind["verdicts"]
         assert verdict["says"] == verdict["measured"] == "int"
+        assert kind["scores"][0]["gptq_error"] is kind["scores"][0]["gptq_worse"] is None
+        inputs = kind["inputs"]
+        assert [s["format"] for s in inputs["scores"]] == ["mxint8", "mxfp8"]
+        assert inputs["scores"][0]["bits_per_value"] >= 8.25
+        assert len(inputs["verdicts"]) == 1 and inputs["inputs"] > 0
     assert found["calibration"] == {"text": 4}
 
 
@@ -448,33 +623,60 @@ def test_every_family_is_measured_whole(family: str, tiny: Builder, text: Path) 
         assert fine.qsnr is not None and coarse.qsnr is not None and fine.qsnr > coarse.qsnr > 10
         assert fine.h_error is not None and coarse.h_error is not None
         assert 0 < fine.h_error < coarse.h_error < 0.1
+        assert report.inputs is not None
+        first, second = report.inputs.scores
+        assert first.qsnr is not None and second.qsnr is not None
+        assert first.qsnr > second.qsnr > 10
 
 
-def test_tables_name_what_was_measured(run: Run, tiny: Builder) -> None:
-    code, out, err = run("compare-formats", tiny("qwen3_moe"), "--no-data", "--per-kind", "6")
+def test_tables_and_plot_name_what_was_measured(run: Run, tiny: Builder, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plot.svg"
+    code, out, err = run(
+        "compare-formats", tiny("qwen3_moe"), "--no-data", "--per-kind", "6", "--plot", file
+    )
     assert code == 0, err
     assert all(name in out for name in UNIFORM)
     assert "expert: 6 of 24 sites" in out and "attention: 4 of 8 sites" in out
-    assert "H error" not in out and "nan" not in out.lower()
+    assert not any(word in out.lower() for word in ("h error", "inputs", "gptq", "nan"))
     assert "comparing formats: done" in err
+    ElementTree.parse(file)
+    written = file.read_text("utf-8")
+    assert all(written.count(f"<!-- {name} -->") == 2 for name in UNIFORM)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_plot_is_an_image_with_every_label(
-    suffix: str, run: Run, tiny: Builder, tmp_path: Path
+def test_tables_and_plot_of_inputs_and_gptq(
+    run: Run, tiny: Builder, text: Path, tmp_path: Path
 ) -> None:
     image = pytest.importorskip("matplotlib.image")
-    file = tmp_path / f"plot{suffix}"
-    code, _, err = run("compare-formats", tiny("qwen3_moe"), "--no-data", "--plot", file)
+    formats, file = ["mxint8", "mxfp8", "nf4-g64"], tmp_path / "plot.png"
+    code, out, err = run(
+        "compare-formats", tiny("qwen3_moe"), "--gptq", "--data", text, "--samples", "4",
+        "--length", "32", "--plot", file, *(w for name in formats for w in ("--format", name)),
+    )  # fmt: skip
     assert code == 0, err
-    if suffix == ".png":
-        pixels = image.imread(file)
-        assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
-        assert pixels.min() < 0.5 < pixels.max()
-    else:
-        ElementTree.parse(file)
-        written = file.read_text("utf-8")
-        assert all(f"<!-- {name} -->" in written for name in UNIFORM)
+    weights, inputs = out.split("\n\n")[:2]
+    assert weights.splitlines()[1].split().count("worse") == 2
+    rows = {line.split()[0]: line.split()[1:] for line in inputs.splitlines()[1:]}
+    assert set(rows) == {"inputs", *formats}
+    assert rows["nf4-g64"] == ["-"] * 4 and "-" not in rows["mxint8"]
+    assert "expert inputs" in out and "nan" not in out.lower()
+    pixels = image.imread(file)
+    assert pixels.shape[0] > 1500 and pixels.shape[1] > 1500, "inputs have a row of their own"
+    assert pixels.min() < 0.5 < pixels.max()
+
+
+def test_inputs_are_drawn_under_their_weights(study: Comparison) -> None:
+    one, two = study.kinds
+    bare = replace(two, inputs=None)
+    columns, places = arrange([one, two, one])
+    assert columns == 2
+    assert [(row, column) for row, column, _, _ in places] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)
+    ]  # fmt: skip
+    assert [inputs is None for _, _, _, inputs in places] == [True, True, False, False, True, False]
+    assert [place[:2] for place in arrange([bare, bare, bare])[1]] == [(0, 0), (0, 1), (1, 0)]
+    assert [place[:2] for place in arrange([bare, one])[1]] == [(0, 0), (0, 1), (1, 1)]
 
 
 def test_labels_keep_their_distance_and_their_order() -> None:
@@ -491,6 +693,7 @@ def test_labels_keep_their_distance_and_their_order() -> None:
         ["--format", "dense"],
         ["--format", "int4-g128@awq", "--no-data"],
         ["--no-data", "--data", "words.txt"],
+        ["--gptq", "--no-data"],
         ["--data", "no-such-file.txt"],
         ["--sites", "*.nothing"],
         ["--sites", "kind:eggs"],
@@ -511,7 +714,7 @@ def test_impossible_requests_end_with_two_before_any_work(
 
     (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bitnest.quantize.compare.solve", forbidden)
+    monkeypatch.setattr("bitnest.quantize.compare.measure.solve", forbidden)
     model = tiny("llama")
     code, out, err = run("compare-formats", model, *options)
     assert (code, out) == (2, "")

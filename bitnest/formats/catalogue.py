@@ -4,7 +4,7 @@ The grammar in `names` spells far more than these; any name it reads can be desc
 are those of one matrix of a stated shape, everything stored counted.
 
 Left out: who runs a format (`export/support.py`) and how far it is from a model's weights
-(`quantize/compare.py`).
+(`quantize/compare`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,6 @@ FAMILIES: dict[str, dict[str, str]] = {
         "int3-g128+lorc16": "LoRC: a rank-16 correction of the error, in int8",
         "int3-g128+lqer16": "LQER: the same, weighted by the RMS of the inputs seen",
         "int3-g128+hlr16": "weighted by all of H, codes and residual fitted in turns (ours)",
-        "int3-g128+hlr16": "the same, weighted by all their second moments",
     },
     "dense": {"dense": "the source's own 16-bit values"},
 }
