@@ -22,6 +22,7 @@ test-slow: $(STAMP)  ## the minutes-long checks too
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.compress_cost
+	$(BIN)/python -m benchmarks.encode_speed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

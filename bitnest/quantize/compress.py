@@ -41,6 +41,7 @@ from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, parse_format
 from bitnest.kernels.decode import decode
+from bitnest.kernels.encode import implementation
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
@@ -371,6 +372,7 @@ def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
         "compute": str(job.compute).removeprefix("torch."),
         "threads": torch.get_num_threads() if job.device.type == "cpu" else 0,
         "memory": job.memory,
+        "encoder": implementation(),
     }
 
 

@@ -1,9 +1,9 @@
 """Quantising a batch of matrices in any format: codecs inside, wrappers around them.
 
-    @had, @rhad   solve W R against R^T H R, then W_hat = solution R^T
-    @awq          solve W diag(s) against diag(1/s) H diag(1/s)
-    @perm         solve W[:, order] against H[order, order]; order descends by diag(H)
-    +lorc, +lqer  solve, then fit B A to the error that is left
+    @had, @rhad          solve W R against R^T H R, then W_hat = solution R^T
+    @awq                 solve W diag(s) against diag(1/s) H diag(1/s)
+    @perm                solve W[:, order] against H[order, order]; order descends by diag(H)
+    +lorc, +lqer, +hlr   solve, then fit B A to the error that is left (`lowrank`)
 
 A solution's error is tr(dW H dW^T), which no transform changes.
 """
@@ -11,12 +11,14 @@ A solution's error is tr(dW H dW^T), which no transform changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from bitnest.formats import BlockFormat, LowRankFormat, PackedFormat, TransformedFormat
-from bitnest.kernels.decode import SIGNS_SEED, low_rank, undo_transform
+from bitnest.kernels import encode
+from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
 from bitnest.kernels.hadamard import random_signs, rotate
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import gptq, rtn
@@ -51,11 +53,32 @@ class Options:
 class Solution(Protocol):
     """B solved matrices. weight: decoded, (B, O, I) float32. error: per row, (B, O)."""
 
-    weight: torch.Tensor
     error: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """See above; may be decoded when first asked for."""
 
     def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
         """Stored tensors of some rows of matrix b, which are one site's."""
+
+
+@dataclass
+class Nearest:
+    """Matrices of shape (O, I) rounded to nearest by the native kernel, already as stored."""
+
+    shape: tuple[int, int]
+    encoded: list[encode.Encoded]
+    error: torch.Tensor
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """Decoded, (B, O, I) float32."""
+        return torch.stack([decode(e.tensors, e.fmt, self.shape) for e in self.encoded])
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """Stored tensors of some rows of matrix b."""
+        return self.encoded[b].rows(rows)
 
 
 @dataclass
@@ -112,10 +135,19 @@ def _solve_block(
     codec = BlockCodec(fmt, options.half, options.clip)
     if hessian is not None and options.method != "rtn":
         return gptq(weight, hessian, codec, damp=options.damp)
-    result = rtn(weight, codec)
+    result = _nearest(weight, fmt, options) or rtn(weight, codec)
     if hessian is not None:
         result.error = weighted_error(weight - result.weight, hessian)
     return result
+
+
+def _nearest(weight: torch.Tensor, fmt: BlockFormat, options: Options) -> Nearest | None:
+    """The same as rtn, by native code; None where there is none for the format or the device."""
+    if weight.device.type != "cpu" or not encode.supported(fmt) or not encode.available():
+        return None
+    encoded = [encode.encode(w, fmt, options.half, options.clip, native=True) for w in weight]
+    shape = (weight.shape[1], weight.shape[2])
+    return Nearest(shape, encoded, torch.stack([e.error for e in encoded]))
 
 
 def _solve_low_rank(
