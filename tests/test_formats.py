@@ -38,7 +38,8 @@ fp3_e2m0-g32 fp2_e1m0-g16 fp5_e2m2-g32-dq mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp
 mxfp4-ceil mxint8 mxint8-ocp mxint6 mxint4-ceil nvfp4 nvint4 nf4-g64 nf4-g64-dq nf4-tensor
 nf4-g32-e8m0-ocp lut2-g64 lut3-g64 lut4-channel lut2-channel dgq4-g128 dgq4-g32 ternary-g128
 ternary-channel ternary-b16x32 ternary-g32-e8m0-ocp ternary-channel-dict ternary-tensor-dict
-ternary-g128-dict-m2 int4-g128@had64 nvint4@rhad16 int3-g128@awq int3-g128@perm
+ternary-g128-dict-m2 int4-g128@had64 int4-g128@had int3-g32@rhad
+nvint4@rhad16 int3-g128@awq int3-g128@perm
 lut3-channel@awq@perm int3-g128+lorc8 int3-g64@rhad32+lqer16 int2-g32+hlr4
 ternary-g64-dict@had16+lorc2
 """
@@ -83,7 +84,7 @@ def bases(draw: st.DrawFn) -> str:
 @st.composite
 def names(draw: st.DrawFn) -> str:
     kinds = draw(st.lists(st.sampled_from(["had", "rhad", "awq", "perm"]), unique=True, max_size=3))
-    block = st.sampled_from([16, 32, 64, 128])
+    block = st.sampled_from(["", 16, 32, 64, 128])
     wrappers = [f"@{kind}{draw(block) if 'had' in kind else ''}" for kind in kinds]
     residual = draw(st.sampled_from(["", "+lorc", "+lqer", "+hlr"]))
     if residual:
@@ -122,7 +123,7 @@ lut3-b32x64 lut3-g64-dq lut3-g64-asym fp4 fp5-g32 fp9_e5m3-g32 fp6_e4m3-g32 fp8_
 fp7_e6m0-g32 fp8_e3m4-g32 fp4_e0m3-g32 ternary ternary-g128-asym ternary-g64-dq-dict dgq4-channel
 dgq4-tensor dgq4-b32x64 dgq4-g128-asym dgq4-g128-m2 dgq4-g128-balanced dgq4-g128-dict dgq3-g64
 mxfp4- mxfp4-asym mxfp4-ocp-ceil mxfp4-g32 mxfp5 mxint5 nvfp4-ocp nvfp4- nvint4-ceil nvfp4-g16
-int4-g128@ int4-g128@had int4-g128@had48 int4-g128@had8 int4-g128@had256 int4-g128@had016
+int4-g128@ int4-g128@had0 int4-g128@had48 int4-g128@had8 int4-g128@had256 int4-g128@had016
 int4-g128@awq7 int4-g128@awq16 int4-g128@awq0 int4-g128@perm1 int4-g128@lorc8 int4-g128@perm@perm
 int4-g128@had16@had32 int4-g128@awq@perm@awq int4-g128@foo int4-g128had64 int4-g128+
 int4-g128+lorc int4-g128+lorc0 int4-g128+lorc513 int4-g128+lorc08 int4-g128+had16
@@ -341,6 +342,39 @@ def splitmix_signs(count: int) -> np.ndarray:
     return np.array(signs)
 
 
+def whole_hadamard(width: int) -> np.ndarray:
+    """The matrix of @had without a number."""
+    for m in (1, *range(4, 257, 4)):
+        power = width // m
+        if width % m or power & (power - 1):
+            continue
+        if m == 1:
+            return sylvester(width)
+        if is_prime(m - 1):
+            q = m - 1
+            corner = np.block([[np.zeros((1, 1)), np.ones((1, q))], [-np.ones((q, 1)), squares(q)]])
+            paley = np.eye(m) + corner
+        elif m % 8 == 4 and is_prime(m // 2 - 1):
+            q = m // 2 - 1
+            corner = np.block([[np.zeros((1, 1)), np.ones((1, q))], [np.ones((q, 1)), squares(q)]])
+            paley = np.kron(corner, [[1, 1], [1, -1]]) + np.kron(np.eye(q + 1), [[1, -1], [-1, -1]])
+        else:
+            continue
+        assert np.array_equal(paley @ paley.T, m * np.eye(m))
+        return np.kron(paley, sylvester(power))
+    return sylvester(max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= width))
+
+
+def is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, n))
+
+
+def squares(q: int) -> np.ndarray:
+    found = {i * i % q for i in range(1, q)}
+    sign = [0] + [1 if i in found else -1 for i in range(1, q)]
+    return np.array([[sign[(i - j) % q] for j in range(q)] for i in range(q)])
+
+
 def read_weight(name: str, t: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Any format: wrappers undone from the outside in, in float64."""
     head, plus, _ = name.partition("+")
@@ -358,10 +392,12 @@ def read_weight(name: str, t: dict[str, np.ndarray], shape: tuple[int, int]) -> 
         out = np.empty_like(w)
         out[:, t["order"]] = w
         return out
-    block = int(re.findall(r"\d+", kind)[0])
+    number = re.findall(r"\d+", kind)
+    matrix = sylvester(int(number[0])) if number else whole_hadamard(shape[1])
+    block = len(matrix)
     body = shape[1] // block * block
     rotation = np.eye(shape[1])
-    rotation[:body, :body] = np.kron(np.eye(body // block), sylvester(block) / block**0.5)
+    rotation[:body, :body] = np.kron(np.eye(body // block), matrix / block**0.5)
     if kind[0] == "r":
         rotation[:body] *= splitmix_signs(body)[:, None]
     return w @ rotation.T

@@ -13,6 +13,7 @@ from bitnest.kernels.hadamard import (
     random_signs,
     rotate,
     unrotate,
+    whole_block,
 )
 
 
@@ -147,3 +148,8 @@ def test_signs_of_seed_0_to_the_bit() -> None:
     assert torch.equal(random_signs(100, 7)[:40], random_signs(40, 7))
     assert abs(int(random_signs(4096, 3).sum())) < 300
     assert torch.equal(random_signs(9, -1), random_signs(9, 2**64 - 1))
+
+
+def test_a_whole_width_is_one_block_where_it_is_an_order_of_small_cost() -> None:
+    expected = {16: 16, 96: 96, 172: 128, 7: 4, 1: 1, 768: 768, 2048: 2048, 5632: 5632, 11008: 128}
+    assert {width: whole_block(width) for width in expected} == expected

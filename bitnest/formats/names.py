@@ -6,7 +6,7 @@ element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
 alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
-transform had16..had128, rhad16..rhad128, awq, perm
+transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
 residual  lorc<rank>, lqer<rank>, hlr<rank>
 """
 

@@ -1,6 +1,7 @@
 """Formats around a format: a transform of the input axis before it, a low-rank residual behind it.
 
     base@had64     W R stored, R the block Hadamard matrix of 64; W_hat = decode R^T
+    base@had       the same with one block for the whole width, where that is a Hadamard order
     base@rhad64    the same with random signs (`kernels/hadamard.py` says which)
     base@awq       W diag(s) stored, s HALF (I,) in `channels`; W_hat = decode diag(1/s)
     base@perm      columns in the order I32 (I,) of `order`; W_hat[:, order] = decode
@@ -31,7 +32,8 @@ MAX_RANK = 512
 class TransformedFormat:
     """A format whose matrix is transformed along its input axis before it is stored.
 
-    kind: one of TRANSFORMS. block: of a Hadamard matrix, 0 otherwise.
+    kind: one of TRANSFORMS. block: of a Hadamard matrix, 0 for the whole width (`whole_block` of
+    `kernels/hadamard.py`) and for other kinds.
 
     Raises:
         FormatError: no such transform.
@@ -42,11 +44,11 @@ class TransformedFormat:
     block: int = 0
 
     def __post_init__(self) -> None:
-        blocks = HADAMARD_BLOCKS if self.kind in {"had", "rhad"} else (0,)
+        blocks = (0, *HADAMARD_BLOCKS) if self.kind in {"had", "rhad"} else (0,)
         if self.kind not in TRANSFORMS or self.block not in blocks:
             raise FormatError(
                 f"unknown transform '@{self.kind}{self.block or ''}'",
-                hint="@had16 to @had128, @rhad16 to @rhad128, @awq or @perm",
+                hint="@had16 to @had128 or @had, the same with @rhad, @awq or @perm",
             )
         inner = self.base
         while isinstance(inner, TransformedFormat):

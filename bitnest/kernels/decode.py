@@ -19,7 +19,7 @@ import torch
 from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, LowRankFormat, TransformedFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement, TernaryElement
 from bitnest.formats.segments import split_parts
-from bitnest.kernels.hadamard import random_signs, unrotate
+from bitnest.kernels.hadamard import random_signs, unrotate, whole_block
 from bitnest.kernels.minifloat import decode as decode_minifloat
 from bitnest.kernels.packing import unpack_bits
 from bitnest.kernels.scales import unpack_scales
@@ -63,7 +63,7 @@ def undo_transform(weight: torch.Tensor, fmt: TransformedFormat, tensors: Tensor
     if fmt.kind == "perm":
         return weight[..., tensors["order"].long().argsort()]
     signs = random_signs(weight.shape[-1], SIGNS_SEED) if fmt.kind == "rhad" else None
-    return unrotate(weight, fmt.block, signs)
+    return unrotate(weight, fmt.block or whole_block(weight.shape[-1]), signs)
 
 
 def low_rank(tensors: Tensors) -> torch.Tensor:

@@ -39,6 +39,7 @@ import torch
 from bitnest.errors import FormatError
 
 BLOCKS = (16, 32, 64, 128)
+LARGEST_CORE = 256  # a dense product of this size per value is what a whole width may cost
 ONE_PRODUCT = 128  # powers of two up to here are one matrix product
 
 
@@ -63,6 +64,17 @@ def block_sizes(width: int) -> tuple[int, ...]:
     if width not in sizes and _core(width) is not None:
         sizes.append(width)
     return tuple(sizes)
+
+
+def whole_block(width: int) -> int:
+    """The block that rotates all of `width` at once where that is an order of a small Paley part.
+
+    Otherwise the largest power of two up to 128 that fits, which leaves a tail.
+    """
+    core = _core(width)
+    if core is not None and core <= LARGEST_CORE:
+        return width
+    return min(BLOCKS[-1], 1 << (width.bit_length() - 1))
 
 
 def rotate(x: torch.Tensor, block: int, signs: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from bitnest.formats import BlockFormat, LowRankFormat, PackedFormat, TransformedFormat
 from bitnest.kernels import encode
 from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
-from bitnest.kernels.hadamard import random_signs, rotate
+from bitnest.kernels.hadamard import random_signs, rotate, whole_block
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import gptq, rtn
 from bitnest.quantize.lowrank import (
@@ -178,11 +178,12 @@ def _hadamard(
     weight: torch.Tensor, hessian: torch.Tensor | None, fmt: TransformedFormat, _: Options
 ) -> Transformed:
     signs = random_signs(weight.shape[2], SIGNS_SEED) if fmt.kind == "rhad" else None
-    w = rotate(weight, fmt.block, signs)
+    block = fmt.block or whole_block(weight.shape[2])
+    w = rotate(weight, block, signs)
     if hessian is None:
         return w, None, {}
-    half = rotate(hessian, fmt.block, signs).transpose(1, 2)
-    return w, rotate(half, fmt.block, signs), {}
+    half = rotate(hessian, block, signs).transpose(1, 2)
+    return w, rotate(half, block, signs), {}
 
 
 def _permuted(
