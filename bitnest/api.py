@@ -56,7 +56,8 @@ class CompressResult:
     path: the artifact. groups: its sites by kind and format. dense_bytes: of what is not a site
     or stayed dense. nbytes: of all weights. source_bytes: of the checkpoint. bits: average code
     width over the quantised weights. bits_per_weight: the same with scales and zero points.
-    starved: experts whose Hessian leaned on the layer's inputs. seconds: wall time.
+    starved: experts whose Hessian leaned on the layer's inputs. calibrated: whether text was read.
+    seconds: wall time.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class CompressResult:
     bits_per_weight: float
     starved: int
     experts: int
+    calibrated: bool
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -106,9 +108,9 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
     bits, group or format: the default format (4 bits in groups of 128). rules: PATTERN=FORMAT,
-    later ones win. data: calibration texts, `label=source`; none means the embedded text, or no
-    text at all for rtn, whose error is measured on the text if one is given. samples, length:
-    calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
+    later ones win. data: calibration texts, `label=source`; none means the embedded text. rtn
+    reads no text unless a format is fitted to inputs. samples, length: calibration windows and
+    their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
     memory: bytes the process may use. compute: type samples are calibrated in, see
     `quantize.compress.prepare`. fresh: forget an unfinished run instead of resuming it.
 
@@ -137,7 +139,7 @@ def compress(
         compute=compute,
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    if data or wants_calibration(job):
+    if wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
         calibration = _calibration(tokenizer, data, samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
@@ -177,6 +179,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
         starved=len(starved),
         experts=len(experts),
+        calibrated=artifact.manifest["calibration"] is not None,
         seconds=seconds,
     )
 

@@ -502,7 +502,7 @@ def test_permission_denied(victim: str, place: Place) -> None:
         ["--expert-weighting", "loud"],
         ["--min-tokens", "-1"],
         ["--rule", "no equals sign"],
-        ["--rule", "*=int1-g128"],
+        ["--rule", "*=int0-g128"],
         ["--rule", "re:(=int4-g32"],
         ["--rule", "kind:eggs=int4-g32"],
         ["--rule", "*.nothing.*=int8-g32"],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitnest import api
 from bitnest.artifact import Artifact
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export import tensors
@@ -22,10 +23,11 @@ from bitnest.export.engines import ENGINES
 from bitnest.export.layouts import packed_layout
 from bitnest.export.numpy_decoder import decode, read_stored
 from bitnest.export.schemes import quantization_config
-from bitnest.export.targets import check_engine
+from bitnest.export.targets import check_engine, engine_notes
 from bitnest.export.verify import _same_stored, verify_export
 from bitnest.safetensors_io import read_header, read_tensor
 from tests.test_export import checkpoint, compress, fake, llama, logits, qwen, read_config
+from tests.tiny import Builder
 
 FORMATS = [
     "fp8-channel", "fp8-tensor", "fp8-b128x128", "mxfp8", "mxfp8-ocp",
@@ -312,8 +314,6 @@ def test_short_last_group_of_floats_is_refused(tmp_path: Path, fmt: str, group: 
         ("transformers", "mxfp4", ["kind:expert=fp8-b128x128"], "fp8-block experts"),
         ("transformers", "mxfp4", ["*.1.mlp.experts.*=fp8-channel"], "one scheme"),
         ("vllm-cuda", "mxfp4", ["kind:attention=fp8-b128x128"], "multiples of 128"),
-        ("vllm-cuda", "mxfp4", ["kind:attention=nvfp4"], "q_proj/k_proj/v_proj.*global scales"),
-        ("vllm-cuda", "mxfp4", ["kind:expert=nvfp4"], "gate_proj/up_proj.*global scales"),
     ],
 )
 def test_engine_limits_are_refused_by_name(
@@ -344,15 +344,43 @@ def test_what_vllm_runs_is_exported_for_it_with_a_note(
     assert any("not tried" in note for note in result.notes)
 
 
-def test_fused_nvfp4_is_accepted_with_one_global_scale_and_noted_without_an_engine(
-    dense: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_fused_nvfp4_gets_one_global_scale_and_exports_for_vllm(
+    tiny: Builder, text: Path, tmp_path: Path, method: str
 ) -> None:
-    artifact = compress(dense, tmp_path / "a", "nvfp4")
-    records = Artifact.open(artifact).records
-    equal = {record.site.name: 2048.0 for record in records}
-    assert check_engine("vllm-cuda", records, {}, equal)
-    notes = export_compressed_tensors(artifact, tmp_path / "e", verify=False).notes
-    (note,) = [note for note in notes if "global scales" in note]
+    model = tiny("qwen3_moe", "even", moe_intermediate_size=64)
+    api.compress(
+        model, tmp_path / "a", format="nvfp4", method=method, samples=4, length=32,
+        data=[str(text)] if method == "gptq" else [],
+    )  # fmt: skip
+    artifact = Artifact.open(tmp_path / "a")
+    headers = artifact.headers()
+    families: dict[tuple[str, int | None], set[float]] = {}
+    for record in artifact.packed():
+        site = record.site
+        if site.name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            value = float(read_tensor(headers[f"{site.name}.global"]))
+            families.setdefault((site.name.rpartition(".")[0], site.expert), set()).add(value)
+    assert families and all(len(values) == 1 for values in families.values())
+    assert len(set.union(*families.values())) > 1
+    result = export_compressed_tensors(tmp_path / "a", tmp_path / "e", engine="vllm-cuda")
+    assert result.verified == result.weights
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [("k_proj", "q_proj/k_proj/v_proj.*global scales"), ("up_proj", "gate_proj/up_proj.*global")],
+)
+def test_fused_nvfp4_of_unequal_global_scales_is_refused_for_vllm(
+    dense: Path, tmp_path: Path, odd: str, message: str
+) -> None:
+    records = Artifact.open(compress(dense, tmp_path / "a", "nvfp4")).records
+    scales = {record.site.name: 2048.0 for record in records}
+    assert check_engine("vllm-cuda", records, {}, scales)
+    scales[next(name for name in scales if name.endswith(odd))] = 1024.0
+    with pytest.raises(TargetError, match=message):
+        check_engine("vllm-cuda", records, {}, scales)
+    (note,) = [note for note in engine_notes(records, {}, scales) if "global scales" in note]
     assert note.startswith("not for vllm-cuda")
 
 

@@ -85,6 +85,8 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=bars,
         )
+    if data and not result.calibrated and not quiet:
+        say("rounding to nearest reads no text: --data was not used")
     if json:
         print_json(result.to_json())
         return
