@@ -129,7 +129,8 @@ class Recipe:
             if not hits:
                 raise RecipeError(
                     f"rule '{rule.pattern}={rule.format}' matches no site",
-                    hint="bitnest inspect MODEL lists every site by name",
+                    hint="bitnest inspect MODEL --sites lists them by name; embeddings and head "
+                    "stay as they are",
                 )
             chosen.update(dict.fromkeys(hits, fmt))
         return chosen

@@ -26,8 +26,9 @@ from bitnest.cli import main
 from bitnest.cli.format_plot import apart, arrange
 from bitnest.errors import RecipeError
 from bitnest.export.support import engines_of
-from bitnest.formats import parse_format
+from bitnest.formats import block_format, parse_format
 from bitnest.formats.catalogue import CATALOGUE, UNIFORM, bits_per_weight
+from bitnest.kernels import encode
 from bitnest.quantize.compare import (
     BINS,
     BLOCKS,
@@ -777,6 +778,19 @@ def test_formats_lists_the_catalogue_without_loading_torch() -> None:
     assert "…" not in done.stdout, "a cell was cut"
 
 
+def test_formats_name_the_encoder_of_every_format(run: Run) -> None:
+    _, out, _ = run("formats", "--json")
+    encoder = {facts["name"]: facts["encoder"] for facts in json.loads(out)["formats"]}
+    for name in ("int4-g128", "int4-g128-asym", "mxfp4", "nvfp4", "nvint4@had16", "nf4-g64"):
+        assert encoder[name] == "C", name
+    for name in ("int1-g128", "int8-tensor", "lut3-g64", "int4-g32-dq", "ternary-g128", "dense"):
+        assert encoder[name] == "torch", name
+    for name, found in encoder.items():
+        fmt = parse_format(name)
+        if name != "dense":
+            assert (found == "C") == encode.supported(block_format(fmt)), name
+
+
 def test_formats_details_count_every_byte(run: Run) -> None:
     name = "int3-g64-asym@rhad64+lqer16"
     code, out, _ = run("formats", name, "fp8-channel", "--shape", "512,768", "--json")
@@ -788,6 +802,7 @@ def test_formats_details_count_every_byte(run: Run) -> None:
         assert sum(part["bytes"] for part in facts["parts"]) == facts["bytes"]
         assert facts["bits_per_weight"] == pytest.approx(8 * facts["bytes"] / (512 * 768))
         assert facts["kernel"] == "reference" and facts["engines"][0] == "bitnest"
+        assert facts["encoder"] == "C"
     assert [part["name"] for part in first["parts"]][:3] == ["codes", "scales", "zeros"]
     code, out, _ = run("formats", name, "--shape", "512,768")
     assert code == 0 and "right_scales" in out and f"{first['bytes']:,}" in out

@@ -15,17 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitnest.cli import main
 from bitnest.formats import block_format, parse_format
 from bitnest.formats.block import BlockFormat
 from bitnest.kernels import encode as ops
 from bitnest.kernels import native
-from bitnest.kernels.decode import code_values, decode
+from bitnest.kernels.decode import NF4, code_values, decode
 from bitnest.kernels.encode import Encoded, encode, implementation, supported
-from bitnest.quantize.codecs import block
+from bitnest.quantize.codecs import block, scales
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import Quantized, rtn
 from bitnest.quantize.solve import Options, solve
 from tests.test_formats import FAMILIES
+from tests.tiny import Builder
 
 
 def words(text: str) -> list[str]:
@@ -34,12 +36,16 @@ def words(text: str) -> list[str]:
 
 NAMES = words("""
 int2-g64 int3-g48 int4-g128 int5-g16 int6-channel int7-g112 int8-channel int8-g32
-int4-g128-balanced int2-g16-balanced int1-g32-asym int2-g16-asym int3-g48-asym int4-g128-asym
+int4-g128-balanced int2-g16-balanced int2-g16-asym int3-g48-asym int4-g128-asym
 int8-g128-asym int5-channel-asym int4-g32-m1 int4-g32-asym-m1 int4-g32-e8m0 int4-g32-asym-e8m0
 int4-g32-e8m0-ocp int4-g32-e8m0-ceil fp8_e4m3-channel fp8_e5m2-g32 fp7_e3m3-g32 fp7_e5m1-g32-m1
 fp6_e3m2-g64 fp6_e2m3-channel fp6_e5m0-g16 fp5_e2m2-g64 fp5_e3m1-g64 fp5_e1m3-g32 fp4_e2m1-g32
 fp4_e3m0-g32 fp3_e1m1-g32 fp3_e2m0-g32 fp2_e1m0-g16 mxfp8 mxfp8-ocp mxfp8_e5m2 mxfp6 mxfp6_e3m2
 mxfp4 mxfp4-ocp mxfp4-ceil mxint8 mxint8-ocp mxint6 mxint4 mxint4-ceil
+nvfp4 nvint4 int2-g16-e4m3 int8-channel-e4m3 int4-g48-balanced-e4m3 fp8_e4m3-g32-e4m3
+fp8_e5m2-channel-e4m3 fp6_e2m3-g16-e4m3 fp5_e3m1-g112-e4m3 fp4_e3m0-g32-e4m3
+nf4-g64 nf4-g48 nf4-g16 nf4-channel nf4-g32-m1 nf4-g32-e8m0 nf4-g32-e8m0-ocp
+int4-g16-asym-e4m3 int3-g48-asym-e4m3
 """)
 # one row; a short last group; odd everything; more rows than lanes, tails; many whole groups
 SHAPES = [(1, 16), (3, 40), (7, 129), (65, 272), (5, 100), (37, 1040)]
@@ -96,12 +102,21 @@ def test_names_here_cover_every_supported_family_of_the_format_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int1-g32", "nf4-g64", "nvfp4", "int4-g64-dq", "lut3-g64", "int4-tensor", "dgq4-g32"]
+    "name",
+    words("""
+    int1-g32 int1-g32-e4m3 int4-g64-dq nf4-g64-dq nf4-tensor lut3-g64
+    lut4-channel int4-tensor int8-b16x32 int4-g32-m2 dgq4-g32 ternary-g64
+    """),
 )
 def test_format_with_shared_numbers_is_refused(name: str) -> None:
     assert not supported(fmt_of(name))
     with pytest.raises(ValueError, match=name):
         encode(torch.ones(2, 32), fmt_of(name))
+
+
+def test_e4m3_scales_obey_the_codecs_bounds() -> None:
+    bounds = (scales.LEAST_E4M3, scales.GREATEST_E4M3, scales.LEAST_PEAK)
+    assert bounds == (ops.LEAST_E4M3, ops.GREATEST_E4M3, ops.LEAST_PEAK)
 
 
 def test_ratios_are_the_codecs() -> None:
@@ -140,7 +155,8 @@ def test_with_clip_no_row_is_worse_than_the_codecs(name: str, path: bool) -> Non
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", ["int2-g128", "int4-g128", "int3-g64-asym", "int8-channel", "mxfp4", "fp6_e3m2-g32"]
+    "name",
+    words("int2-g128 int4-g128 int3-g64-asym int8-channel mxfp4 fp6_e3m2-g32 nvfp4 nf4-g64"),
 )
 def test_total_error_of_a_real_size_is_the_codecs(name: str) -> None:
     w = (gaussian(512, 1024) * 0.02).bfloat16()
@@ -213,8 +229,9 @@ def test_slice_of_rows_is_what_those_rows_alone_give(name: str, path: bool) -> N
 
 
 @needs_compiler
-def test_threads_change_nothing() -> None:
-    w, fmt = gaussian(300, 256), fmt_of("int4-g64-asym")
+@pytest.mark.parametrize("name", ["int4-g64-asym", "nvfp4", "nf4-g64"])
+def test_threads_change_nothing(name: str) -> None:
+    w, fmt = gaussian(300, 256), fmt_of(name)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -247,6 +264,91 @@ def test_mxfp4_codes_and_exponent_by_hand(path: bool) -> None:
     assert int(found.tensors["codes"][0, 0]) & 0xFFFFFFFF == sum(
         c << 4 * i for i, c in enumerate(codes)
     )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nvfp4_global_scales_and_codes_by_hand(path: bool) -> None:
+    w = torch.zeros(2, 32)
+    w[0, :4] = torch.tensor([12.0, -12.0, 5.0, 0.5])
+    w[1, 16:18] = torch.tensor([-0.125, 0.01])
+    found = encode(w, fmt_of("nvfp4"), clip=False, native=path)
+    assert found.tensors["global"].tolist() == [224.0]  # 448 * 6 / 12
+    # scales 2 and 1 / 48 times 224 are 448 and 4.67, of which E4M3 has 4.5; of zeros the least
+    assert found.tensors["scales"].tolist() == [[0x7E, 1], [1, 0x49]]
+    codes = [7, 15, 4, 0]  # 6, -6, 2.5 to 2, 0.25 to 0: ties to even
+    assert int(found.tensors["codes"][0, 0]) == sum(c << 4 * i for i, c in enumerate(codes))
+    assert int(found.tensors["codes"][1, 2]) == 15 + (1 << 4)  # -6.2 to -6, 0.498 to 0.5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_matrix_of_zeros_has_a_finite_global_scale(path: bool) -> None:
+    found = encode(torch.zeros(3, 40), fmt_of("nvfp4"), native=path)
+    assert bool(torch.isfinite(found.tensors["global"]).all())
+    assert found.tensors["scales"].unique().tolist() == [1]
+    assert not decode(found.tensors, found.fmt, (3, 40)).any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_of_a_stack_keep_the_global_scale_of_all(path: bool) -> None:
+    w = gaussian(50, 64) * torch.linspace(0.1, 2, 50)[:, None]
+    whole = encode(w, fmt_of("nvfp4"), native=path)
+    wanted = decode(whole.tensors, whole.fmt, (50, 64))
+    for rows in (slice(0, 17), slice(30, 50), slice(None)):
+        part = whole.rows(rows)
+        assert torch.equal(part["global"], whole.tensors["global"])
+        assert torch.equal(decode(part, whole.fmt, (len(wanted[rows]), 64)), wanted[rows])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nf4_tie_goes_to_the_lower_entry(path: bool) -> None:
+    entries = torch.tensor(NF4)
+    middles = (entries[1:] + entries[:-1]) / 2
+    w = torch.cat([middles, entries, middles.nextafter(torch.tensor(2.0)), torch.zeros(2)])[None]
+    found = encode(w, fmt_of("nf4-channel"), clip=False, native=path)
+    assert found.tensors["scales"].tolist() == [[1.0]]
+    codes = code_values(found.tensors, found.fmt, (1, 48))[0]
+    wanted = torch.cat([entries[:-1], entries, entries[1:], torch.zeros(2)])
+    assert torch.equal(codes, wanted)
+
+
+@needs_compiler
+def test_nf4_with_e4m3_scales_is_the_references() -> None:
+    w, fmt = gaussian(37, 200), fmt_of("nf4-g16-e4m3")
+    for clip in (False, True):
+        found = encode(w, fmt, clip=clip, native=True)
+        assert_same(found.tensors, encode(w, fmt, clip=clip, native=False).tensors)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("half", "least"), zip(HALVES, (2.0**-126, 2.0**-24), strict=True))
+def test_scale_that_rounds_to_zero_is_lifted_no_further_than_it_must(
+    half: torch.dtype, least: float, path: bool
+) -> None:
+    w = torch.zeros(3, 32)
+    w[1] = 1e-9
+    w[2] = 2.0**-20  # float16 has 2^-20 / 7 only as 2^-23
+    found = encode(w, fmt_of("int4-g32"), half, clip=False, native=path)
+    assert found.tensors["scales"].float()[0].tolist() == [least]
+    decoded = decode(found.tensors, found.fmt, (3, 32))
+    assert float((decoded - w).abs().max()) <= (2.0**-23 if half == torch.float16 else 1e-8)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_one_bit_codes_of_zeros_decode_to_almost_nothing(half: torch.dtype) -> None:
+    result = by_codec(torch.zeros(2, 64), fmt_of("int1-g32"), half, clip=True)
+    assert float(result.weight.abs().max()) < 1e-7
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["nvfp4", "nf4-g64"])
+def test_solve_gives_every_matrix_of_a_batch_its_own_shared_numbers(name: str) -> None:
+    w = torch.stack([gaussian(48, 160, seed=1), gaussian(48, 160, seed=2) * 5])
+    fmt = fmt_of(name)
+    found, wanted = solve(w, None, fmt, Options(clip=False)), rtn(w, BlockCodec(fmt, clip=False))
+    assert type(found).__name__ == "Nearest"
+    for b in (0, 1):
+        for rows in (slice(0, 16), slice(16, 48), slice(None)):
+            assert_same(found.store(b, rows), wanted.store(b, rows))
 
 
 @needs_compiler
@@ -301,6 +403,28 @@ def test_without_compiler_the_reference_runs_and_says_so_once(
     with pytest.raises(RuntimeError, match="native"):
         encode(w, fmt, native=True)
     assert type(solve(w[None], None, fmt, Options())).__name__ == "Quantized"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_compress_without_compiler_says_what_it_cost_and_what_to_do(
+    quiet: bool,
+    fresh: Path,
+    tiny: Builder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    words = ["compress", str(tiny("llama")), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    words += ["--method", "rtn", "--group", "16"] + ["--quiet"] * quiet
+    monkeypatch.setattr(sys, "argv", ["bitnest", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    err = capsys.readouterr().err
+    assert not stop.value.code, err
+    said = [line for line in err.splitlines() if "no C compiler" in line]
+    assert len(said) == (0 if quiet else 1)
+    assert quiet or "hint: install gcc or clang, or set CC" in said[0]
 
 
 @pytest.mark.parametrize("command", ["false", "'unclosed"])

@@ -28,7 +28,7 @@ HALF_CODES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 FAMILY_NAMES = """
 int1-g128 int2-g64 int3-g48 int4-g128 int5-g16 int6-channel int7-g112 int8-channel
-int4-g128-balanced int1-g32-asym int3-g48-asym int8-g128-asym int5-channel-asym int4-tensor
+int4-g128-balanced int2-g32-asym int3-g48-asym int8-g128-asym int5-channel-asym int4-tensor
 int4-tensor-asym int4-b32x64 int3-b32x48-asym int8-b128x128 int4-g64-dq int8-g64-dq
 int4-g64-asym-dq int2-channel-dq int4-g32-m1 int4-g32-m2 int4-g16-asym-m2 int4-g32-e8m0
 int4-g32-asym-e8m0 int4-g32-e4m3 int4-g32-asym-e4m3 int8-tensor-m1 fp8_e4m3-channel
@@ -36,6 +36,7 @@ fp8_e5m2-tensor fp8_e4m3-b128x128 fp8_e5m2-g32-e4m3 fp7_e3m3-g32 fp6_e3m2-g64 fp
 fp6_e5m0-g16 fp5_e2m2-g64 fp5_e3m1-g64 fp4_e2m1-g32 fp4_e2m1-g64-m2 fp4_e3m0-g32 fp3_e1m1-g32
 fp3_e2m0-g32 fp2_e1m0-g16 fp5_e2m2-g32-dq mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxfp4-ocp
 mxfp4-ceil mxint8 mxint8-ocp mxint6 mxint4-ceil nvfp4 nvint4 nf4-g64 nf4-g64-dq nf4-tensor
+nf4-g64-m2 nf4-g16-e4m3
 nf4-g32-e8m0-ocp lut2-g64 lut3-g64 lut4-channel lut2-channel dgq4-g128 dgq4-g32 ternary-g128
 ternary-channel ternary-b16x32 ternary-g32-e8m0-ocp ternary-channel-dict ternary-tensor-dict
 ternary-g128-dict-m2 int4-g128@had64 int4-g128@had int3-g32@rhad
@@ -65,7 +66,7 @@ def bases(draw: st.DrawFn) -> str:
     if kind == "int":
         bits = draw(st.integers(1, 8))
         name = f"int{bits}"
-        option = draw(st.sampled_from(["", "-asym"] + ["-balanced"] * (bits > 1)))
+        option = draw(st.sampled_from([""] + ["-asym", "-balanced"] * (bits > 1)))
     elif kind == "fp":
         e = draw(st.integers(1, 5))
         m = draw(st.integers(0, min(3, 7 - e)))
@@ -115,7 +116,7 @@ def test_short_spellings_have_one_name() -> None:
 
 WRONG_NAMES = """
 int0-g64 int9-g128 int4-g17 int4-g8 int4-g144 int4-g0 int4 int4- int4-g int4-asym int4-g128-
-INT4-g128 int04-g128 int4-g064 int4-g٣٢ int4-g64-asym-balanced int1-g64-balanced
+INT4-g128 int04-g128 int4-g064 int4-g٣٢ int4-g64-asym-balanced int1-g64-balanced int1-g64-asym
 int4-g64-balanced-asym int4-g64-ocp int4-g64-dict int4-g64-m1-ocp int4-g32-asym-e8m0-ocp
 int4-g64-m2-dq int4-tensor-dq int4-b32x64-m2 int4-b0x64 int4-b32x200 int4-b32 int4-bx64
 int4-tensor-e4m3 nf4 nf4-g64-asym nf4-g64-balanced nf3-g64 lut1-g64 lut5-g64 lut3-tensor

@@ -67,7 +67,7 @@ def test_decoding_a_hand_made_weight_gives_the_hand_computed_values() -> None:
 def test_bytes_promised_are_bytes_stored(name: str, columns: int) -> None:
     group = None if name == "channel" else int(name[1:])
     for bits in range(1, 9):
-        for symmetric in (True, False):
+        for symmetric in (True, False) if bits > 1 else (True,):
             fmt = integer(bits, group, symmetric)
             shapes = {k: part.shape for k, part in fmt.parts((24, columns)).items()}
             sizes = {"codes": 4, "scales": 2, "zeros": 4}

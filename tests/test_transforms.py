@@ -18,10 +18,10 @@ from bitnest.quantize.transforms import ChannelScale, Hadamard, Permutation, Tra
 from bitnest.quantize.transforms.channel_scales import (
     EXPONENTS,
     awq_scales,
-    power_of_two,
+    nearest_power_of_two,
     search,
     smooth_scales,
-    weighted_error,
+    total_error,
 )
 from bitnest.quantize.transforms.edges import Edge
 from bitnest.quantize.transforms.fold import fold_permutation, fold_rotation, fold_scale
@@ -330,7 +330,7 @@ def test_power_of_two_scales_fold_without_any_loss_in_16_bit() -> None:
         expected = model(input_ids=TOKENS).logits
         for label in (_MLP, "self_attn.v_proj > self_attn.o_proj"):
             edge = edges[label]
-            s = power_of_two(factors(edge.width))
+            s = nearest_power_of_two(factors(edge.width))
             assert fold_scale(block, edge, s, call).exact
         assert torch.equal(model(input_ids=TOKENS).logits, expected)
 
@@ -456,9 +456,9 @@ def test_searched_scale_is_never_worse_than_none(
     weight, x, hessian = correlated(24, 40, seed)
     x_max = x.abs().amax(0) if smooth else None
     found = search(weight, hessian, rounding(step), x_max=x_max, powers_of_two=powers)
-    assert found.plain == weighted_error(weight, rounding(step)(weight), hessian)
+    assert found.plain == total_error(weight, rounding(step)(weight), hessian)
     decoded = found.transform.invert_weight(rounding(step)(found.transform.apply_weight(weight)))
-    assert found.error == weighted_error(weight, decoded, hessian) <= found.plain
+    assert found.error == total_error(weight, decoded, hessian) <= found.plain
     assert (found.exponent is None) == bool((found.scale == 1).all())
     if powers:
         assert torch.equal(found.scale.log2(), found.scale.log2().round())
@@ -487,7 +487,7 @@ def test_scales_by_hand() -> None:
     torch.testing.assert_close(smooth_scales(x, w, 0.5), torch.tensor([4.0, 0.5]) / 2**0.5)
     torch.testing.assert_close(awq_scales(x, 0.5), torch.tensor([2.0, 0.5]))
     torch.testing.assert_close(awq_scales(x, 0.0), torch.ones(2))
-    assert power_of_two(torch.tensor([0.9, 3.0, 0.3])).tolist() == [1.0, 4.0, 0.25]
+    assert nearest_power_of_two(torch.tensor([0.9, 3.0, 0.3])).tolist() == [1.0, 4.0, 0.25]
 
 
 def test_dead_channels_get_finite_scales() -> None:

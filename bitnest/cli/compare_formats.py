@@ -145,7 +145,7 @@ def _measured(kind: KindReport) -> str:
     if kind.sites < kind.total:
         text += ", spread evenly (--per-kind)"
     if kind.starved:
-        text += f"; {kind.starved} of experts with few tokens lean on their layer's inputs"
+        text += f"; {kind.starved} of experts that saw few tokens lean on their layer's inputs"
     if kind.silent:
         text += f"; {kind.silent} without input or output are left out of the H error"
     if kind.inputs is not None:

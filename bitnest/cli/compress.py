@@ -87,12 +87,26 @@ def command(
         )
     if data and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
+    if method == "rtn" and not quiet:
+        _warn_without_compiler(device)
     if json:
         print_json(result.to_json())
         return
     summary(result)
     if not quiet:
         next_commands(result, model)
+
+
+def _warn_without_compiler(device: str | None) -> None:
+    from bitnest.cli.render import say
+    from bitnest.device import choose_device
+    from bitnest.kernels import encode
+
+    if choose_device(device).type == "cpu" and encode.implementation() == "reference":
+        say(
+            "no C compiler could be used: rounding ran in torch, ten times slower; "
+            "hint: install gcc or clang, or set CC"
+        )
 
 
 def default_name(model: str, bits: float | None, fmt: str | None, group: int | None) -> str:

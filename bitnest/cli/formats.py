@@ -41,6 +41,7 @@ def command(
     console.print(table)
     console.print(
         f"\nbits/weight: everything stored, for a matrix of {size[0]} x {size[1]} (--shape)\n"
+        "kernel: decodes; encoder: rounds to nearest, several times faster in C than in torch\n"
         "any name of the grammar can be detailed: bitnest formats int3-g64-asym@rhad64+lqer16",
         highlight=False,
     )
@@ -67,6 +68,7 @@ def _facts(family: str, name: str, description: str, shape: tuple[int, int]) -> 
     from bitnest.export.support import engines_of, kernel_of
     from bitnest.formats import parse_format
     from bitnest.formats.catalogue import bits_per_weight, granularity, scale_kind
+    from bitnest.formats.support import native_encoder
 
     fmt = parse_format(name)
     return {
@@ -80,6 +82,7 @@ def _facts(family: str, name: str, description: str, shape: tuple[int, int]) -> 
         "scale": scale_kind(fmt),
         "engines": engines_of(fmt),
         "kernel": kernel_of(fmt),
+        "encoder": "C" if native_encoder(fmt) else "torch",
         "bytes": fmt.nbytes(shape),
         "parts": [
             {"name": key, "dtype": part.dtype, "shape": list(part.shape), "bytes": part.nbytes}
@@ -96,7 +99,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("bits", "bits/weight"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("granularity", "scale", "engines", "kernel"):
+    for column in ("granularity", "scale", "engines", "kernel", "encoder"):
         table.add_column(column, no_wrap=True)
     for facts in found:
         table.add_row(
@@ -108,6 +111,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
             facts["scale"] or "-",
             ", ".join(facts["engines"]),
             facts["kernel"],
+            facts["encoder"],
         )
     return table
 
@@ -130,6 +134,7 @@ def _print_details(facts: dict[str, Any], shape: tuple[int, int]) -> None:
     typer.echo(f"  granularity  {facts['granularity'] or '-'}, scale {facts['scale'] or '-'}")
     typer.echo(f"  engines      {', '.join(facts['engines'])}")
     typer.echo(f"  kernel       {facts['kernel']}")
+    typer.echo(f"  encoder      {facts['encoder']}")
     typer.echo(f"  stored for a matrix of {shape[0]} x {shape[1]}:")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 2))
     for column in ("part", "type", "shape"):

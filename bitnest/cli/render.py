@@ -155,7 +155,10 @@ def summary(result: CompressResult) -> None:
             "fitted partly to their layer's inputs",
             highlight=False,
         )
-    console.print("error: share of a site's output energy lost on the calibration text")
+    lost = "a site's output energy lost on the calibration text"
+    if not result.calibrated:
+        lost = "a site's squared weights lost, |dW|^2 / |W|^2"
+    console.print(f"error: share of {lost}", highlight=False)
     console.print(f"artifact: {result.path} ({result.seconds:.1f} s)", highlight=False)
 
 

@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     },
     "ternary": {
         "ternary-g128": "-1, 0 and 1, five to a byte",
-        "ternary-g128-dict": "entropy coded: at most this size, less with more zeros",
+        "ternary-g128-dict": "entropy coded: at most this size; pays from some 60 % of zeros on",
     },
     "dual-grain": {
         "dgq4-g128": "DGQ: 4-bit groups inside int8 rows, for 4-bit weights on int8 hardware",

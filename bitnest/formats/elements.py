@@ -44,6 +44,11 @@ class IntElement:
                 f"integer weights have {MIN_BITS} to {MAX_BITS} bits, not {self.bits}",
                 hint="for example --bits 4, or --format int3-g64",
             )
+        if self.bits == 1 and not self.symmetric:
+            raise FormatError(
+                "1-bit codes with a zero point would be 0 and one other value",
+                hint="int1 without -asym stands for -s and +s",
+            )
         if self.balanced and (not self.symmetric or self.bits == 1):
             raise FormatError(
                 "only symmetric integers of 2 bits or more have a balanced range",

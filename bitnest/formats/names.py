@@ -47,7 +47,12 @@ ALIASES: dict[str, BlockFormat] = {
     **{name: BlockFormat(e, 16, scale="e4m3", alias=name) for name, e in _NV.items()},
 }
 SHORT_FLOATS = {"fp8": E4M3, "fp6": E3M2, "fp4": E2M1}
-HINT = "for example int4-g128, int3-g64-asym, mxfp4, nvfp4, fp8-channel, nf4-g64; or dense"
+HINT = "for example int4-g128, int3-g64-asym, mxfp4, fp8-channel, nf4-g64; see bitnest formats"
+
+NEAREST = {
+    "w8a16": "int8-channel", "w4a16": "int4-g128", "fp8_dynamic": "fp8-channel",
+    "fp8": "fp8-channel", "nf4": "nf4-g64", "fp4": "nvfp4", "ternary": "ternary-g128",
+}  # fmt: skip
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,3})"  # one spelling for each number
 _BASE = re.compile(
@@ -92,8 +97,22 @@ def parse_base(text: str, whole: str = "") -> BlockFormat:
         return replace(fmt, rule=rule)
     match = _BASE.fullmatch(text)
     if match is None:
-        raise FormatError(f"unknown format '{whole or text}'", hint=HINT)
+        raise FormatError(f"unknown format '{whole or text}'", hint=_hint(text))
     return _base(match)
+
+
+def _hint(text: str) -> str:
+    """What somebody who wrote `text` may have meant."""
+    lower = text.lower()
+    known = dict(NEAREST)
+    if ggml := re.fullmatch(r"(?:i?q|tq)(\d)_[0-9a-z_]+", lower):  # llama.cpp's names
+        known[lower] = "ternary-g128" if ggml[1] == "1" else f"int{ggml[1]}-g32"
+    if lower in known:
+        return f"the nearest format is {known[lower]}; bitnest formats lists all"
+    for spelt in (lower, f"{lower}-g128"):
+        if spelt != text and (spelt in ALIASES or _BASE.fullmatch(spelt)):
+            return f"did you mean {spelt}? bitnest formats lists all"
+    return HINT
 
 
 def _base(match: re.Match[str]) -> BlockFormat:
@@ -164,6 +183,8 @@ def _wrap(fmt: BlockFormat, text: str, whole: str) -> PackedFormat:
         if match["mark"] == "@":
             wrapped = TransformedFormat(wrapped, match["kind"], number)
         else:
+            if not number:
+                raise FormatError(f"'+{match['kind']}' needs a rank", hint=f"+{match['kind']}16")
             wrapped = LowRankFormat(wrapped, match["kind"], number)
         place = match.end()
     if place != len(text):

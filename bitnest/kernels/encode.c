@@ -5,7 +5,7 @@ For one group w of a row, with the element's snap (see quantize/codecs/block.py)
 
     scale[, zero]  the first of the candidate grids, or the one of least sum (v s - w)^2
     v            = snap(w / s)                  correctly rounded: ties fall as in the reference
-    code         = v + zero, or the minifloat's bits
+    code         = v + zero, the minifloat's bits, or the entry's place in the table
     row          : codes packed to little-endian words, error summed in double
 
 Lane r of every vector is row r: groups lie transposed, (g, LANES) float32, so that nothing is
@@ -47,8 +47,9 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint8_t vb __attribute__((vector_size(LANES)));
 
-enum { INTEGER, ASYMMETRIC, MINIFLOAT }; /* kind */
-enum { BF16, F16, POWER_OF_TWO };        /* stored scale */
+enum { INTEGER, ASYMMETRIC, MINIFLOAT, TABLE }; /* kind */
+enum { BF16, F16, POWER_OF_TWO, E4M3 };         /* stored scale */
+enum { ENTRIES = 16 };                          /* of a table */
 
 struct job { /* as in kernels/encode.py; everything but `weight` of one matrix, rows contiguous */
     const void *weight;   /* float32 or bfloat16, `stride` elements from row to row */
@@ -61,7 +62,9 @@ struct job { /* as in kernels/encode.py; everything but `weight` of one matrix, 
     int64_t mantissa, segments, width[3], shift[3], bytes[3]; /* bytes: of a row */
     float low, high, zero, divisor; /* divisor: what a peak is divided by; of integers, high */
     float largest, smallest;        /* of the minifloat; smallest: normal */
-    float tiny, limit;              /* of the half type: smallest normal, largest */
+    float tiny, limit;              /* of the half type: what 0 becomes, largest */
+    float shared;                   /* `global` of e4m3 scales, which are divided by it */
+    float table[ENTRIES], middle[ENTRIES]; /* ascending; middle[i] of entries i and i + 1 */
 };
 
 int64_t size_of_job(void) { return sizeof(struct job); }
@@ -125,8 +128,17 @@ ALWAYS vi floor_log2(vf x) {
     return (none & -1) | (~none & e);
 }
 
+/* x to the nearest E4M3 value, from the least positive one on; ties to even */
+ALWAYS vf round_e4m3(vf x) {
+    x = clamp(x, splat(0x1p-9f), splat(448));
+    vf binade = vmax((vf)((vi)x & 0x7f800000), splat(0x1p-6f));
+    vf magic = binade * splat(MAGIC * 0x1p-3f);
+    return (x + magic) - magic;
+}
+
 /* The scale as it will be read back, never zero. */
 ALWAYS vf project(vf scale, const struct job *job) {
+    if (job->scale == E4M3) return round_e4m3(scale * splat(job->shared)) / splat(job->shared);
     if (job->scale == POWER_OF_TWO) { /* the least that is not smaller */
         vi u = (vi)vmax(scale, splat(0x1p-126f));
         return power_of_two((u >> 23) - 127 - ((u & 0x7fffff) != 0));
@@ -149,6 +161,12 @@ ALWAYS uint16_t half_bits(float x, const struct job *job) {
     if (job->scale == BF16) return u >> 16;
     if (a < 0x38800000) return sign | (uint32_t)(float_of(a) * 0x1p24f);
     return sign | (a - (112u << 23)) >> 13;
+}
+
+/* Bits of a positive E4M3 value. */
+ALWAYS uint8_t e4m3_bits(float x) {
+    if (x < 0x1p-6f) return (uint8_t)(x * 0x1p9f);
+    return (uint8_t)((bits_of(x) >> 20) - (120 << 3));
 }
 
 /* ---------------------------------------------------------------- grids */
@@ -176,9 +194,23 @@ ALWAYS Grid range_grid(vf low, vf high, int64_t c, const struct job *job, int ki
     return (Grid){scale, splat(job->zero), splat(job->low), splat(job->high)};
 }
 
+/* The entry nearest to x, of two the lower one. code: its place. */
+ALWAYS vf look_up(vf x, const struct job *job, vi *code) {
+    vf v = splat(job->table[0]);
+    vi place = {0};
+    for (int i = 1; i < ENTRIES; i++) {
+        vi above = x > splat(job->middle[i - 1]);
+        v = choose(above, splat(job->table[i]), v);
+        place -= above;
+    }
+    if (code) *code = place;
+    return v;
+}
+
 /* v of a weight of each row. code: what is stored for them, if asked for. */
 ALWAYS vf snap(vf w, const Grid *grid, const struct job *job, int kind, vi *code) {
     vf x = w / grid->scale;
+    if (kind == TABLE) return look_up(x, job, code);
     if (kind != MINIFLOAT) {
         vf v = round_small(clamp(x, grid->low, grid->high));
         if (code) *code = __builtin_convertvector(v + grid->zero, vi);
@@ -220,8 +252,10 @@ ALWAYS Grid refit(const vf *w, int64_t n, Grid grid, const struct job *job, int 
         bottom.level[0] += v * v;
         if (i % 16 == 15) carry(&top), carry(&bottom);
     }
-    vf t = TOTAL(top), b = TOTAL(bottom);
-    grid.scale = project(choose(b > (vf){0}, t / vmax(b, splat(TINY)), grid.scale), job);
+    vf t = TOTAL(top), b = TOTAL(bottom), none = {0};
+    vf scale = choose(b > none, t / vmax(b, splat(TINY)), grid.scale);
+    if (job->scale == E4M3) scale = choose(scale > none, scale, grid.scale); /* without a sign */
+    grid.scale = project(scale, job);
     return grid;
 }
 
@@ -304,12 +338,13 @@ ALWAYS void encode_lanes(const struct job *given, int64_t row, int64_t rows, int
             vb some = __builtin_convertvector(code, vb);
             memcpy(bytes + LANES * i, &some, sizeof some);
         }
-        vf total = TOTAL(sum);
+        vf total = TOTAL(sum), coded = round_e4m3(grid.scale * splat(job->shared));
         for (int64_t r = 0; r < rows; r++) {
             int64_t place = (row + r) * groups + k;
             float scale = grid.scale[r];
             error[r] += total[r];
             if (job->scale == POWER_OF_TWO) ((uint8_t *)job->scales)[place] = bits_of(scale) >> 23;
+            else if (job->scale == E4M3) ((uint8_t *)job->scales)[place] = e4m3_bits(coded[r]);
             else ((uint16_t *)job->scales)[place] = half_bits(scale, job);
             if (kind == ASYMMETRIC) job->zeros[place] = (uint8_t)grid.zero[r];
             for (int64_t i = 0; i < n; i++) codes[r * pitch + start + i] = bytes[LANES * i + r];
@@ -339,8 +374,10 @@ int encode_rows(const struct job *job, int64_t first, int64_t last) {
             encode_lanes(job, row, rows, INTEGER, w, bytes, codes, pitch, packed);
         else if (job->kind == ASYMMETRIC)
             encode_lanes(job, row, rows, ASYMMETRIC, w, bytes, codes, pitch, packed);
-        else
+        else if (job->kind == MINIFLOAT)
             encode_lanes(job, row, rows, MINIFLOAT, w, bytes, codes, pitch, packed);
+        else
+            encode_lanes(job, row, rows, TABLE, w, bytes, codes, pitch, packed);
     }
     free(memory);
     return 0;

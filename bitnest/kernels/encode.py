@@ -1,4 +1,4 @@
-"""Rounding a weight to nearest and packing it, in one step: integers and small floats.
+"""Rounding a weight to nearest and packing it, in one step: integers, small floats and NF4.
 
     scale[, zero]   per group, the one of least squared error among the block codec's candidates:
                     clipped ranges, then the full lopsided range of signed integers, then twice
@@ -12,23 +12,31 @@ may take another of two candidates whose errors differ by less than their sums r
 Two implementations with one signature: C (`encode.c`), 16 rows at a time, a group of each in L1,
 and torch, the reference. What C returns depends neither on the machine nor on its threads.
 
-Left out: importance, stored numbers that groups or rows share (e4m3, dq, m2, dual, blocks), tables,
-ternary codes and symmetric one-bit integers.
+The one number that groups share here is e4m3's `global`, found from the whole weight given: what is
+to share it must be encoded together.
+
+Left out (`formats/support.py` has the rule): importance, scales that share more (dq, m2, dual,
+blocks), learned tables, ternary codes and symmetric one-bit integers.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from bitnest.formats.block import BlockFormat
-from bitnest.formats.elements import FloatElement, IntElement
+from bitnest.formats.elements import FloatElement, IntElement, TableElement
+from bitnest.formats.names import E4M3
 from bitnest.formats.segments import segments
+from bitnest.formats.support import native_encoder
 from bitnest.kernels import native as compiled
+from bitnest.kernels.decode import NF4
 from bitnest.kernels.minifloat import encode as encode_minifloat
 from bitnest.kernels.minifloat import round_to
 from bitnest.kernels.packing import pack_bits, unpack_bits
@@ -43,6 +51,10 @@ REFITS = 2
 TINY = 1e-30
 THREAD_ROWS = 64  # rows a thread takes at least
 POWERS = frozenset({"e8m0", "m1"})
+# Of e4m3 scales, as in quantize/codecs/scales.py; a test compares.
+LEAST_E4M3 = 2.0**-9
+GREATEST_E4M3 = 448.0
+LEAST_PEAK = 1e-28
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,8 @@ class Encoded:
         count = len(self.error)
         if range(count)[rows] == range(count):
             return dict(self.tensors)
-        found = {name: t[rows].clone() for name, t in self.tensors.items() if name != "zeros"}
+        found = {name: t for name, t in self.tensors.items() if name != "zeros"}
+        found = {k: t.clone() if k == "global" else t[rows].clone() for k, t in found.items()}
         if "zeros" in self.tensors:  # packed along the rows
             bits = int(self.fmt.bits)
             zeros = unpack_bits(self.tensors["zeros"].T, bits, count)[:, rows]
@@ -68,12 +81,17 @@ class Encoded:
 
 def supported(fmt: BlockFormat) -> bool:
     """Whether `encode` takes the format."""
-    element = fmt.element
-    if fmt.rows != 1 or fmt.scale not in {"half", *POWERS}:
-        return False
-    if isinstance(element, IntElement):
-        return element.bits > 1 or not element.symmetric
-    return isinstance(element, FloatElement)
+    return native_encoder(fmt)
+
+
+def least_half(half: torch.dtype) -> float:
+    """What a 16-bit scale that rounds to zero becomes: 2^-24, or for bfloat16 2^-126.
+
+    float16's smallest normal number, 2^-14, is larger than many a scale. bfloat16's subnormal ones
+    are float32's too, which some hardware flushes to zero: they are not used.
+    """
+    info = torch.finfo(half)
+    return info.tiny * info.eps if half == torch.float16 else info.tiny
 
 
 def available() -> bool:
@@ -140,7 +158,7 @@ def _ratios(fmt: BlockFormat, clip: bool) -> tuple[list[float], list[float]]:
 
 
 def _refits(fmt: BlockFormat, clip: bool) -> int:
-    return REFITS if clip and fmt.scale == "half" else 0
+    return REFITS if clip and fmt.scale not in POWERS else 0
 
 
 def _largest(fmt: BlockFormat) -> float:
@@ -148,14 +166,32 @@ def _largest(fmt: BlockFormat) -> float:
     element = fmt.element
     if isinstance(element, FloatElement):
         return element.spec.largest
+    if isinstance(element, TableElement):
+        return 1.0
     assert isinstance(element, IntElement)
     return float((1 << element.bits) - 1) if not element.symmetric else element.zero - 1
 
 
 def _emax(fmt: BlockFormat) -> int:
     """Exponent of the largest value's binade, for the rule ocp; MXINT8 has 6 bits of fraction."""
+    return math.frexp(_largest(fmt))[1] - 1
+
+
+def _global(weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor | None:
+    """What e4m3 scales are multiplied by to be stored, (1,) float32: of the largest, 448."""
+    if fmt.scale != "e4m3":
+        return None
     element = fmt.element
-    return element.spec.max_exponent if isinstance(element, FloatElement) else int(fmt.bits) - 2
+    largest = element.zero - 1 if isinstance(element, IntElement) else _largest(fmt)
+    low, high = weight.aminmax()
+    peak = torch.maximum(-low, high).float().reshape(1).clamp_min(LEAST_PEAK)
+    return GREATEST_E4M3 * largest / peak
+
+
+def _table(device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """NF4's entries (16,) and the values half-way between neighbours (15,)."""
+    entries = torch.tensor(NF4, device=device)
+    return entries, (entries[1:] + entries[:-1]) / 2
 
 
 # ---------------------------------------------------------------- C
@@ -177,13 +213,16 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("width", "shift", "bytes")),
         *(
             (name, ctypes.c_float)
-            for name in ("low", "high", "zero", "divisor", "largest", "smallest", "tiny", "limit")
+            for name in (
+                "low", "high", "zero", "divisor", "largest", "smallest", "tiny", "limit", "shared",
+            )
         ),
+        *((name, ctypes.c_float * 16) for name in ("table", "middle")),
     )  # fmt: skip
 
 
-INTEGER, ASYMMETRIC, MINIFLOAT = range(3)
-BF16, F16, POWER_OF_TWO = range(3)
+INTEGER, ASYMMETRIC, MINIFLOAT, TABLE = range(4)
+BF16, F16, POWER_OF_TWO, E4M3_CODE = range(4)
 
 
 def _native(
@@ -197,12 +236,14 @@ def _native(
     tensors = {
         name: torch.empty(part.shape, dtype=types[part.dtype])
         for name, part in fmt.parts((rows, columns)).items()
-        if name != "zeros"
+        if name not in {"zeros", "global"}
     }
+    shared = _global(weight, fmt)
     error = torch.empty(rows, dtype=torch.float64)
     zeros = torch.empty(tensors["scales"].shape, dtype=torch.uint8)  # not packed yet
     job = _describe(fmt, half, clip, weight.stride(0), columns)
     job.bf16 = weight.dtype == torch.bfloat16
+    job.shared = 0.0 if shared is None else float(shared)
     plain, full = _ratios(fmt, clip)
     ratios = torch.tensor(plain + full, dtype=torch.float32)
     job.plain, job.full, job.refits = len(plain), len(full), _refits(fmt, clip)
@@ -212,6 +253,8 @@ def _native(
     for k, name in enumerate(name for name in tensors if name != "scales"):
         job.codes[k], job.bytes[k] = tensors[name].data_ptr(), 4 * tensors[name].shape[1]
     _run(library, job, rows)
+    if shared is not None:
+        tensors["global"] = shared
     if not fmt.symmetric:
         tensors["zeros"] = pack_bits(zeros.T, int(fmt.bits)).T.contiguous()
     return Encoded(fmt, tensors, error.float())
@@ -240,13 +283,19 @@ def _describe(fmt: BlockFormat, half: torch.dtype, clip: bool, stride: int, colu
     element, bits = fmt.element, int(fmt.bits)
     job = _Job(stride=stride, columns=columns, group=fmt.group_size(columns), bits=bits)
     job.scale = POWER_OF_TWO if fmt.scale in POWERS else BF16 if half == torch.bfloat16 else F16
-    job.tiny, job.limit = torch.finfo(half).tiny, torch.finfo(half).max
+    if fmt.scale == "e4m3":
+        job.scale = E4M3_CODE
+    job.tiny, job.limit = least_half(half), torch.finfo(half).max
     job.divisor = _largest(fmt)
     job.ocp, job.emax = fmt.rule == "ocp", _emax(fmt)
     if isinstance(element, FloatElement):
         job.kind, job.mantissa = MINIFLOAT, element.spec.mantissa
         job.largest, job.smallest = element.spec.largest, element.spec.smallest_normal
         widths = segments(bits)
+    elif isinstance(element, TableElement):
+        entries, middles = _table()
+        job.kind, widths = TABLE, (bits,)
+        job.table[:], job.middle[:15] = entries.tolist(), middles.tolist()
     else:
         assert isinstance(element, IntElement)
         job.kind = INTEGER if element.symmetric else ASYMMETRIC
@@ -261,6 +310,8 @@ def _describe(fmt: BlockFormat, half: torch.dtype, clip: bool, stride: int, colu
 
 
 # ---------------------------------------------------------------- torch
+
+Project = Callable[[torch.Tensor], torch.Tensor]  # a scale to what will be read back
 
 
 @dataclass(frozen=True)
@@ -283,13 +334,15 @@ def _reference(weight: torch.Tensor, fmt: BlockFormat, half: torch.dtype, clip: 
     rows, columns = w.shape
     g = fmt.group_size(columns)
     whole = columns // g * g
+    shared = _global(weight, fmt)
+    project = partial(_project, fmt=fmt, half=half, shared=shared)
     codes, scales, zeros = [], [], []
     error = w.new_zeros(rows, dtype=torch.float64)
     for part, size in ((w[:, :whole], g), (w[:, whole:], columns - whole)):
         if part.numel() == 0:
             continue
         groups = part.reshape(-1, size).T.contiguous()
-        grid = _fit(groups, fmt, half, clip)
+        grid = _fit(groups, fmt, clip, project)
         v = _snap(groups, grid, fmt)
         miss = (v * grid.scale - groups).square_().sum(0, dtype=torch.float64)
         error += miss.view(rows, -1).sum(1)
@@ -297,15 +350,15 @@ def _reference(weight: torch.Tensor, fmt: BlockFormat, half: torch.dtype, clip: 
         scales.append(grid.scale.view(rows, -1))
         zeros += [] if grid.zero is None else [grid.zero.view(rows, -1)]
     tensors = _pack(torch.cat(codes, dim=1), fmt)
-    tensors.update(pack_scales(torch.cat(scales, dim=1), fmt, half, None))
+    tensors.update(pack_scales(torch.cat(scales, dim=1), fmt, half, shared))
     if zeros:
         tensors["zeros"] = pack_bits(torch.cat(zeros, dim=1).T, int(fmt.bits)).T.contiguous()
     return Encoded(fmt, tensors, error.float())
 
 
-def _fit(w: torch.Tensor, fmt: BlockFormat, half: torch.dtype, clip: bool) -> _Grid:
+def _fit(w: torch.Tensor, fmt: BlockFormat, clip: bool, project: Project) -> _Grid:
     """The grid of least squared error for every group, the first of equals."""
-    candidates = _candidates(w, fmt, half, clip)
+    candidates = _candidates(w, fmt, clip, project)
     best = next(candidates)
     if not clip:
         return best
@@ -317,15 +370,15 @@ def _fit(w: torch.Tensor, fmt: BlockFormat, half: torch.dtype, clip: bool) -> _G
         v = _snap(w, best, fmt)
         top, bottom = (v * w).sum(0, keepdim=True), (v * v).sum(0, keepdim=True)
         scale = torch.where(bottom > 0, top / bottom.clamp_min(TINY), best.scale)
-        other = replace(best, scale=_project(scale, fmt, half))
+        if not fmt.signed_scale:
+            scale = torch.where(scale > 0, scale, best.scale)
+        other = replace(best, scale=project(scale))
         error = _error(w, other, fmt)
         best, least = best.where(error < least, other), torch.fmin(least, error)
     return best
 
 
-def _candidates(
-    w: torch.Tensor, fmt: BlockFormat, half: torch.dtype, clip: bool
-) -> Iterator[_Grid]:
+def _candidates(w: torch.Tensor, fmt: BlockFormat, clip: bool, project: Project) -> Iterator[_Grid]:
     low, high = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
     peak = torch.maximum(-low, high)
     lopsided = torch.where(-low >= high, -low, -high)  # the extra code on the larger side
@@ -335,23 +388,27 @@ def _candidates(
             exponent = torch.frexp(peak).exponent - 1 - _emax(fmt)
             yield _Grid(_power_of_two(exponent))
         elif fmt.symmetric:
-            yield _Grid(_project(peak / _largest(fmt) * ratio, fmt, half))
+            yield _Grid(project(peak / _largest(fmt) * ratio))
         else:
             a, b = low.clamp_max(0) * ratio, high.clamp_min(0) * ratio
-            scale = _project((b - a) / _largest(fmt), fmt, half)
+            scale = project((b - a) / _largest(fmt))
             yield _Grid(scale, (-a / scale).round_().clamp_(0, _largest(fmt)))
     for ratio in full:
-        yield _Grid(_project(lopsided * ratio, fmt, half))
+        yield _Grid(project(lopsided * ratio))
 
 
-def _project(scale: torch.Tensor, fmt: BlockFormat, half: torch.dtype) -> torch.Tensor:
-    """The scale as it will be read back, never zero."""
+def _project(
+    scale: torch.Tensor, fmt: BlockFormat, half: torch.dtype, shared: torch.Tensor | None
+) -> torch.Tensor:
+    """The scale as it will be read back, never zero. shared: global (1,) of e4m3."""
+    if shared is not None:
+        return round_to(scale * shared, E4M3).clamp_(LEAST_E4M3, GREATEST_E4M3) / shared
     if fmt.scale in POWERS:  # the least that is not smaller
         fraction, exponent = torch.frexp(scale.clamp_min(torch.finfo(scale.dtype).tiny))
         return _power_of_two(exponent - (fraction == 0.5).int())
     limit = torch.finfo(half).max
     rounded = scale.clamp(-limit, limit).to(half).float()
-    return torch.where(rounded == 0, torch.finfo(half).tiny, rounded)
+    return torch.where(rounded == 0, least_half(half), rounded)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
@@ -364,6 +421,10 @@ def _snap(w: torch.Tensor, grid: _Grid, fmt: BlockFormat) -> torch.Tensor:
     x, element = w / grid.scale, fmt.element
     if isinstance(element, FloatElement):
         return round_to(x, element.spec, out=x)
+    if isinstance(element, TableElement):
+        entries, middles = _table(x.device)
+        place = torch.bucketize(x, middles, out_int32=True)
+        return entries.index_select(0, place.flatten()).view(x.shape)
     if grid.zero is not None:
         return torch.clamp(x.round_(), -grid.zero, _largest(fmt) - grid.zero)
     assert isinstance(element, IntElement)
@@ -379,6 +440,8 @@ def _error(w: torch.Tensor, grid: _Grid, fmt: BlockFormat) -> torch.Tensor:
 def _codes(v: torch.Tensor, grid: _Grid, fmt: BlockFormat) -> torch.Tensor:
     if isinstance(fmt.element, FloatElement):
         return encode_minifloat(v, fmt.element.spec)
+    if isinstance(fmt.element, TableElement):
+        return torch.bucketize(v, _table(v.device)[1]).to(torch.uint8)
     assert isinstance(fmt.element, IntElement)
     return (v + (fmt.element.zero if grid.zero is None else grid.zero)).to(torch.uint8)
 

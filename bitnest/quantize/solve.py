@@ -31,6 +31,9 @@ from bitnest.quantize.lowrank import (
     norm_root,
 )
 from bitnest.quantize.transforms.channel_scales import search
+from bitnest.quantize.transforms.permutation import by_energy
+
+AWQ_ROWS = 256  # evenly spread, that stand for a matrix while its exponent is searched
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _permuted(
     weight: torch.Tensor, hessian: torch.Tensor | None, _: TransformedFormat, __: Options
 ) -> Transformed:
     assert hessian is not None
-    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    order = torch.stack([by_energy(h.diagonal()).order for h in hessian])
     w = torch.stack([m[:, o] for m, o in zip(weight, order, strict=True)])
     h = torch.stack([m[o][:, o] for m, o in zip(hessian, order, strict=True)])
     return w, h, {"order": order.to(torch.int32)}
@@ -206,7 +209,8 @@ def _awq(
         def rounded(x: torch.Tensor) -> torch.Tensor:
             return solve(x[None], None, fmt.base, options).weight[0]
 
-        scales.append(search(w, h, rounded).scale.to(options.half))
+        step = -(-len(w) // AWQ_ROWS)
+        scales.append(search(w[::step], h, rounded).scale.to(options.half))
     s = torch.stack(scales)
     wide = s.float()[:, None, :]
     return weight * wide, hessian / wide / wide.transpose(1, 2), {"channels": s}

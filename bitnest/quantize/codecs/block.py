@@ -96,11 +96,11 @@ class BlockCodec:
         """
         if self.fmt.learned:
             return Shared(table=learn_table(w, h, self.fmt, self.half))
-        if self.fmt.scale in {"e4m3", "m2", "dual"}:
-            return shared_scales(self, w, h)
+        rows = self.fmt.scale in {"e4m3", "m2", "dual"}
+        shared = shared_scales(self, w, h) if rows else Shared()
         if isinstance(self.element, TableElement):
-            return Shared(table=torch.tensor(NF4, device=w.device)[:, None])
-        return Shared()
+            return replace(shared, table=torch.tensor(NF4, device=w.device)[:, None])
+        return shared
 
     def fit(self, w: torch.Tensor, h: torch.Tensor | None, shared: Shared) -> Grid:
         """The grid of least weighted error for one group.

@@ -16,13 +16,14 @@ diag(H).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from bitnest.formats import BlockFormat, integer
 from bitnest.formats.names import E4M3
+from bitnest.kernels.encode import least_half
 from bitnest.kernels.minifloat import round_to
 from bitnest.kernels.scales import E8M0_BIAS, dq_super, least_super
 
@@ -89,7 +90,7 @@ def project(
     if fmt.scale == "half":
         limit = torch.finfo(half).max
         rounded = scale.clamp(-limit, limit).to(half).float()
-        return torch.where(rounded == 0, torch.finfo(half).tiny, rounded)
+        return torch.where(rounded == 0, least_half(half), rounded)
     if fmt.scale in {"e8m0", "m1"}:
         return power_of_two(exponent_above(scale))
     if fmt.scale == "dq":
@@ -135,10 +136,8 @@ def _dual_super(
     codec: BlockCodec, w: torch.Tensor, h: torch.Tensor | None, peak: torch.Tensor, tiny: float
 ) -> torch.Tensor:
     """DGQ's second phase: the row's int8 step, given group scales."""
-    from bitnest.quantize.codecs.block import BlockCodec as Plain
-
     g = codec.fmt.group_size(w.shape[1])
-    plain = Plain(integer(4, codec.fmt.group, symmetric=False), codec.half, codec.clip)
+    plain = replace(codec, fmt=integer(4, codec.fmt.group, symmetric=False))
     groups = [slice(a, min(a + g, w.shape[1])) for a in range(0, w.shape[1], g)]
     first = [plain.fit(w[:, k], None if h is None else h[:, k], Shared()) for k in groups]
     best = least = None

@@ -61,15 +61,15 @@ def awq_scales(magnitude: torch.Tensor, a: float) -> torch.Tensor:
     return _normalise(_positive(magnitude) ** a)
 
 
-def power_of_two(scale: torch.Tensor) -> torch.Tensor:
+def nearest_power_of_two(scale: torch.Tensor) -> torch.Tensor:
     """The nearest powers of two, in the exponent."""
     return torch.exp2(scale.log2().round())
 
 
-def weighted_error(weight: torch.Tensor, weight_hat: torch.Tensor, hessian: torch.Tensor) -> float:
+def total_error(weight: torch.Tensor, weight_hat: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(dW H dW^T), summed over the leading axes of W (..., O, I). hessian: (I, I)."""
-    miss = (weight.double() - weight_hat.double()).reshape(-1, weight.shape[-1])
-    return float(((miss @ hessian.double()) * miss).sum())
+    miss = (weight - weight_hat).reshape(-1, weight.shape[-1])
+    return float(((miss @ hessian) * miss).sum(dtype=torch.float64))
 
 
 def search(
@@ -86,13 +86,13 @@ def search(
     x_max: (I,) asks for SmoothQuant's scales; otherwise AWQ's, from `magnitude` (I,) or sqrt(H_jj).
     powers_of_two: round scales before they are tried.
     """
-    best = plain = weighted_error(weight, quantize(weight), hessian)
+    best = plain = total_error(weight, quantize(weight), hessian)
     scale, exponent = hessian.new_ones(weight.shape[-1]), None
     for a in EXPONENTS:
         s = _candidate(weight, hessian, x_max, magnitude, a)
-        transform = ChannelScale(power_of_two(s) if powers_of_two else s)
+        transform = ChannelScale(nearest_power_of_two(s) if powers_of_two else s)
         decoded = transform.invert_weight(quantize(transform.apply_weight(weight)))
-        error = weighted_error(weight, decoded, hessian)
+        error = total_error(weight, decoded, hessian)
         if error < best:
             best, scale, exponent = error, transform.scale, a
     return Choice(scale, exponent, best, plain)
