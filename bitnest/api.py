@@ -179,7 +179,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
         starved=len(starved),
         experts=len(experts),
-        calibrated=artifact.manifest["calibration"] is not None,
+        calibrated=artifact.manifest.get("calibration") is not None,
         seconds=seconds,
     )
 
