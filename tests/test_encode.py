@@ -18,11 +18,9 @@ import torch
 from bitnest.cli import main
 from bitnest.formats import block_format, parse_format
 from bitnest.formats.block import BlockFormat
-from bitnest.kernels import encode as ops
 from bitnest.kernels import native
 from bitnest.kernels.decode import NF4, code_values, decode
 from bitnest.kernels.encode import Encoded, encode, implementation, supported
-from bitnest.quantize.codecs import block, scales
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import Quantized, rtn
 from bitnest.quantize.solve import Options, solve
@@ -112,20 +110,6 @@ def test_format_with_shared_numbers_is_refused(name: str) -> None:
     assert not supported(fmt_of(name))
     with pytest.raises(ValueError, match=name):
         encode(torch.ones(2, 32), fmt_of(name))
-
-
-def test_e4m3_scales_obey_the_codecs_bounds() -> None:
-    bounds = (scales.LEAST_E4M3, scales.GREATEST_E4M3, scales.LEAST_PEAK)
-    assert bounds == (ops.LEAST_E4M3, ops.GREATEST_E4M3, ops.LEAST_PEAK)
-
-
-def test_ratios_are_the_codecs() -> None:
-    assert {bits: r for bits, r in block.RATIOS.items() if bits == int(bits)} == ops.RATIOS
-    assert (ops.DEFAULT_RATIOS, ops.REFITS, ops.TINY) == (
-        block.DEFAULT_RATIOS,
-        block.REFITS,
-        block.TINY,
-    )
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -32,7 +32,6 @@ import torch
 
 from bitnest.formats.block import BlockFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement
-from bitnest.formats.names import E4M3
 from bitnest.formats.segments import segments
 from bitnest.formats.support import native_encoder
 from bitnest.kernels import native as compiled
@@ -40,21 +39,28 @@ from bitnest.kernels.decode import NF4
 from bitnest.kernels.minifloat import encode as encode_minifloat
 from bitnest.kernels.minifloat import round_to
 from bitnest.kernels.packing import pack_bits, unpack_bits
-from bitnest.kernels.scales import E8M0_BIAS, pack_scales
+from bitnest.kernels.scales import (
+    GREATEST_E4M3,
+    LEAST_PEAK,
+    as_e4m3,
+    as_half,
+    exponent_above,
+    least_half,
+    pack_scales,
+    power_of_two,
+)
 from bitnest.kernels.segments import pack_segments
 
-# Clip ratios tried, by bits: first, last, count. As in quantize/codecs/block.py; a test compares.
-RATIOS = {1: (0.15, 1.0, 18), 2: (0.35, 1.0, 14), 3: (0.5, 1.0, 11)}
+# Clip ratios tried here and by the block codec, by bits: first, last, count.
+RATIOS: dict[float, tuple[float, float, int]] = {
+    1: (0.15, 1.0, 18), 1.6: (0.3, 1.0, 15), 2: (0.35, 1.0, 14), 3: (0.5, 1.0, 11),
+}  # fmt: skip
 DEFAULT_RATIOS = (0.7, 1.0, 7)
 EXPONENTS = (1.0, 0.5, 0.25)  # of the least power of two that does not clip
 REFITS = 2
 TINY = 1e-30
 THREAD_ROWS = 64  # rows a thread takes at least
 POWERS = frozenset({"e8m0", "m1"})
-# Of e4m3 scales, as in quantize/codecs/scales.py; a test compares.
-LEAST_E4M3 = 2.0**-9
-GREATEST_E4M3 = 448.0
-LEAST_PEAK = 1e-28
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,6 @@ class Encoded:
 def supported(fmt: BlockFormat) -> bool:
     """Whether `encode` takes the format."""
     return native_encoder(fmt)
-
-
-def least_half(half: torch.dtype) -> float:
-    """What a 16-bit scale that rounds to zero becomes: 2^-24, or for bfloat16 2^-126.
-
-    float16's smallest normal number, 2^-14, is larger than many a scale. bfloat16's subnormal ones
-    are float32's too, which some hardware flushes to zero: they are not used.
-    """
-    info = torch.finfo(half)
-    return info.tiny * info.eps if half == torch.float16 else info.tiny
 
 
 def available() -> bool:
@@ -386,7 +382,7 @@ def _candidates(w: torch.Tensor, fmt: BlockFormat, clip: bool, project: Project)
     for ratio in plain:
         if fmt.rule == "ocp":
             exponent = torch.frexp(peak).exponent - 1 - _emax(fmt)
-            yield _Grid(_power_of_two(exponent))
+            yield _Grid(power_of_two(exponent))
         elif fmt.symmetric:
             yield _Grid(project(peak / _largest(fmt) * ratio))
         else:
@@ -402,18 +398,10 @@ def _project(
 ) -> torch.Tensor:
     """The scale as it will be read back, never zero. shared: global (1,) of e4m3."""
     if shared is not None:
-        return round_to(scale * shared, E4M3).clamp_(LEAST_E4M3, GREATEST_E4M3) / shared
-    if fmt.scale in POWERS:  # the least that is not smaller
-        fraction, exponent = torch.frexp(scale.clamp_min(torch.finfo(scale.dtype).tiny))
-        return _power_of_two(exponent - (fraction == 0.5).int())
-    limit = torch.finfo(half).max
-    rounded = scale.clamp(-limit, limit).to(half).float()
-    return torch.where(rounded == 0, least_half(half), rounded)
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    exponent = exponent.clamp(1 - E8M0_BIAS, 254 - E8M0_BIAS)
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+        return as_e4m3(scale, shared)
+    if fmt.scale in POWERS:
+        return power_of_two(exponent_above(scale))
+    return as_half(scale, half)
 
 
 def _snap(w: torch.Tensor, grid: _Grid, fmt: BlockFormat) -> torch.Tensor:

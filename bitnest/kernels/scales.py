@@ -23,6 +23,8 @@ from bitnest.kernels.minifloat import decode, encode, round_to
 from bitnest.kernels.packing import pack_bits, unpack_bits
 
 E8M0_BIAS = 127
+LEAST_E4M3, GREATEST_E4M3 = 2.0**-9, 448.0
+LEAST_PEAK = 1e-28  # of a matrix, for a finite global scale
 
 
 def unpack_scales(
@@ -88,3 +90,37 @@ def dq_super(scales: torch.Tensor, half: torch.dtype) -> torch.Tensor:
     padded = torch.nn.functional.pad(scales.abs(), (0, -rows % DQ_ROWS))
     peak = padded.unflatten(-1, (-1, DQ_ROWS)).amax(-1)
     return (peak / 127).to(half).float().clamp_min(least_super(half))
+
+
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent within what E8M0 stores, float32."""
+    exponent = exponent.clamp(1 - E8M0_BIAS, 254 - E8M0_BIAS).to(torch.int32)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
+def exponent_above(x: torch.Tensor) -> torch.Tensor:
+    """ceil(log2 x), exactly; x positive (0 counts as the smallest)."""
+    fraction, exponent = torch.frexp(x.clamp_min(torch.finfo(x.dtype).tiny))
+    return exponent - (fraction == 0.5).to(exponent.dtype)
+
+
+def least_half(half: torch.dtype) -> float:
+    """What a 16-bit scale that rounds to zero becomes: 2^-24, or for bfloat16 2^-126.
+
+    float16's smallest normal number, 2^-14, is larger than many a scale. bfloat16's subnormal ones
+    are float32's too, which some hardware flushes to zero: they are not used.
+    """
+    info = torch.finfo(half)
+    return info.tiny * info.eps if half == torch.float16 else info.tiny
+
+
+def as_half(scale: torch.Tensor, half: torch.dtype) -> torch.Tensor:
+    """The scale as 16 bit say it, float32: saturated, and never zero."""
+    limit = torch.finfo(half).max
+    rounded = scale.clamp(-limit, limit).to(half).float()
+    return torch.where(rounded == 0, least_half(half), rounded)
+
+
+def as_e4m3(scale: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """The scale as E4M3(s * global) / global says it, never zero. shared: global."""
+    return round_to(scale * shared, E4M3).clamp_(LEAST_E4M3, GREATEST_E4M3) / shared

@@ -35,18 +35,15 @@ from bitnest.formats.elements import (
     TernaryElement,
 )
 from bitnest.kernels.decode import NF4
+from bitnest.kernels.encode import DEFAULT_RATIOS, RATIOS, REFITS, TINY
 from bitnest.kernels.minifloat import encode, round_to
 from bitnest.kernels.packing import pack_bits
-from bitnest.kernels.scales import pack_scales
+from bitnest.kernels.scales import pack_scales, power_of_two
 from bitnest.kernels.segments import pack_segments
 from bitnest.kernels.trits import encode_trits, pack_trits
-from bitnest.quantize.codecs.scales import Shared, power_of_two, project, share, shared_scales
+from bitnest.quantize.codecs.scales import Shared, project, share, shared_scales
 from bitnest.quantize.codecs.tables import learn_table, nearest, table_codes
 
-RATIOS = {1: (0.15, 1.0, 18), 1.6: (0.3, 1.0, 15), 2: (0.35, 1.0, 14), 3: (0.5, 1.0, 11)}
-DEFAULT_RATIOS = (0.7, 1.0, 7)  # clip ratios tried: first, last, count
-REFITS = 2  # least-squares rounds after the ratio search
-TINY = 1e-30
 INT8_TOP = 127
 EVEN_TRITS = 85  # 256ths of zeros for which every word of the entropy code holds 10 trits or more
 

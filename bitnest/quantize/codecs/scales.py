@@ -22,10 +22,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from bitnest.formats import BlockFormat, integer
-from bitnest.formats.names import E4M3
-from bitnest.kernels.encode import least_half
-from bitnest.kernels.minifloat import round_to
-from bitnest.kernels.scales import E8M0_BIAS, dq_super, least_super
+from bitnest.formats.block import DQ_ROWS
+from bitnest.kernels.scales import (
+    GREATEST_E4M3,
+    LEAST_PEAK,
+    as_e4m3,
+    as_half,
+    dq_super,
+    exponent_above,
+    least_super,
+    power_of_two,
+)
 
 if TYPE_CHECKING:
     from bitnest.quantize.codecs.block import BlockCodec
@@ -33,9 +40,6 @@ if TYPE_CHECKING:
 SUPER_STEPS, SUPER_FIRST, SUPER_LAST = 80, 1.0, 0.22
 MAX_SHIFT = 15
 MAX_DUAL = 127  # v times it must fit int8
-LEAST_E4M3 = 2.0**-9
-LEAST_PEAK = 1e-28  # of a matrix, for a finite global scale
-GREATEST_E4M3 = 448.0
 
 
 @dataclass(frozen=True)
@@ -71,36 +75,21 @@ class Shared:
         return Shared(scale, table)
 
 
-def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """2^exponent within what E8M0 stores, float32."""
-    exponent = exponent.clamp(1 - E8M0_BIAS, 254 - E8M0_BIAS).to(torch.int32)
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-
-
-def exponent_above(x: torch.Tensor) -> torch.Tensor:
-    """ceil(log2 x), exactly; x positive (0 counts as the smallest)."""
-    fraction, exponent = torch.frexp(x.clamp_min(torch.finfo(x.dtype).tiny))
-    return exponent - (fraction == 0.5).to(exponent.dtype)
-
-
 def project(
     scale: torch.Tensor, fmt: BlockFormat, half: torch.dtype, shared: Shared
 ) -> torch.Tensor:
     """The scale as it will be read back, never zero. scale: (..., O)."""
     if fmt.scale == "half":
-        limit = torch.finfo(half).max
-        rounded = scale.clamp(-limit, limit).to(half).float()
-        return torch.where(rounded == 0, least_half(half), rounded)
+        return as_half(scale, half)
     if fmt.scale in {"e8m0", "m1"}:
         return power_of_two(exponent_above(scale))
     if fmt.scale == "dq":
-        top = dq_super(scale, half).repeat_interleave(64, dim=-1)[..., : scale.shape[-1]]
+        top = dq_super(scale, half).repeat_interleave(DQ_ROWS, dim=-1)[..., : scale.shape[-1]]
         code = (scale / top).round().clamp_(-127, 127)
         return torch.where(code == 0, 1.0, code).mul_(top)
     assert shared.scale is not None
     if fmt.scale == "e4m3":
-        code = round_to(scale * shared.scale, E4M3).clamp_(LEAST_E4M3, GREATEST_E4M3)
-        return code / shared.scale
+        return as_e4m3(scale, shared.scale)
     ratio = scale / shared.scale
     if fmt.scale == "m2":
         return torch.ldexp(shared.scale, exponent_above(ratio).clamp(-MAX_SHIFT, 0))
