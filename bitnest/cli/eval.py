@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from bitnest.cli.options import Device, Json, Quiet, Remote
+
+if TYPE_CHECKING:
+    from bitnest.eval.report import EvalReport
 
 
 def command(
@@ -12,6 +17,13 @@ def command(
     against: str = typer.Option(None, "--against", help="The base they are compared with."),
     data: list[str] = typer.Option(
         [], "--data", help="Text: [label=]file, directory or hub:name. [embedded]"
+    ),
+    without: list[str] = typer.Option(
+        [],
+        "--without",
+        help="LAYER:EXPERT[,EXPERT...]: one more row per model, with these experts switched off: "
+        "their gates become 0 and the token's other gates are scaled up to the same sum; no other "
+        "expert is picked instead. May be repeated. One model alone is its own base.",
     ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
@@ -35,6 +47,7 @@ def command(
             models,
             against=against,
             data=data,
+            without=without,
             window=window,
             windows=windows,
             batch_size=batch_size,
@@ -46,8 +59,16 @@ def command(
     if json:
         print_json(report.to_json())
         return
+    _print(report)
+
+
+def _print(report: EvalReport) -> None:
     from rich.console import Console
 
     from bitnest.eval.render import table
 
-    Console(soft_wrap=True).print(table(report))
+    shown, console = table(report), Console(soft_wrap=True)
+    # on a narrower terminal rich would drop the models' names before it lets lines wrap
+    needed = shown.__rich_measure__(console, console.options.update(max_width=1000)).minimum
+    console.width = max(console.width, needed)
+    console.print(shown)

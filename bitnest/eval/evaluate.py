@@ -3,7 +3,9 @@
 Every text is cut into windows that do not overlap, spread evenly over it (`calibrate.data`); within
 a window every token but the first is predicted. The base runs first and leaves its final
 hidden states behind (`reference`); then one model after the other is loaded, compared and dropped,
-so one model is in memory at a time. All checks that need no weights come before any are loaded.
+so one model is in memory at a time. With `without`, each is measured again with experts switched
+off (`eval.without`) before it is dropped. All checks that need no weights come before any are
+loaded.
 
 Left out: zero-shot tasks, and texts tokenised by different vocabularies (their perplexities per
 token cannot be compared).
@@ -37,10 +39,11 @@ from bitnest.eval.logits import (
 from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
 from bitnest.eval.size import count_parameters, weight_bytes
+from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.packed.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
-    from bitnest.quantize.compress import Progress
+    from bitnest.progress import Progress
 
 __all__ = ["EvalReport", "evaluate"]
 
@@ -53,6 +56,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     data: Sequence[str],
+    without: Sequence[str] = (),
     window: int = 256,
     windows: int = 64,
     batch_size: int = 8,
@@ -63,49 +67,69 @@ def evaluate(
 ) -> EvalReport:
     """Measure `models` on the texts `data`, and against the base `against` where one is named.
 
-    models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. window,
+    models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. without:
+    `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured with these
+    experts switched off (`eval.without` says what that means). One model alone is then the base of
+    its own rows; several without `against` have perplexity only. window,
     windows: tokens in a window, windows per text. batch_size: windows per forward pass (packed
     models decode their weights once per pass). dtype: compute type. device: None means CUDA where
     there is one, as when compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
-            context, a model that computes NaN, options out of range.
+            context, a model that computes NaN, options out of range, experts to
+            switch off that are not there.
+        UnsupportedModel: experts whose gates cannot be reached.
         DataError: a text that is missing or too short, two texts of one label.
         CheckpointError, ArtifactError: a model that cannot be opened.
     """
     _check_options(models, window, windows, batch_size, dtype)
+    offs = parse_without(without)
     device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
     paths = [resolve_model(model) for model in given]
     names = _names(given, paths)
     for name, path in zip(names, paths, strict=True):
         _check_context(name, path, window, trust_remote_code)
+    switches = [
+        find_switches(offs, name, path, trust_remote_code=trust_remote_code)
+        for name, path in zip(names[-len(models) :], paths[-len(models) :], strict=True)
+    ]
+    if against is not None:
+        switches.insert(0, ())
     tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)
 
+    based = against is not None or (len(models) == 1 and bool(offs))
     reference: Reference | None = None
     rows: list[Row] = []
     parameters = count_parameters(paths[0])
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
-        is_base = against is not None and number == 0
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
         model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         head = open_head(model, tokens[0], name)
-        kept = Reference(head, model.device, []) if is_base else None
-        results = _measure(model, head, name, tokens, batch_size, reference, kept, progress)
+        nbytes = weight_bytes(path)
+        counted = parameters if based else count_parameters(path)
+        bits = 8 * nbytes / counted if counted else None
+        for switch in (Switch(), *switches[number]):
+            title = f"{name} without {switch.label}" if switch.modules else name
+            if progress is not None and switch.modules:
+                progress.phase(f"measure {title}", sum(text.windows for text in texts))
+            is_base = based and not rows
+            kept = Reference(head, model.device, []) if is_base else None
+            with switched_off(model, switch):
+                found = _measure(model, head, title, tokens, batch_size, reference, kept, progress)
+            if is_base:
+                reference = kept
+            scores = tuple(score(text, result) for text, result in zip(texts, found, strict=True))
+            rows.append(
+                Row(title, is_base, nbytes, counted, bits, head is not None, scores, switch.experts)
+            )
         del model
         gc.collect()
-        if is_base:
-            reference = kept
-        nbytes = weight_bytes(path)
-        counted = parameters if against is not None else count_parameters(path)
-        scores = tuple(score(text, result) for text, result in zip(texts, results, strict=True))
-        bits = 8 * nbytes / counted if counted else None
-        rows.append(Row(name, is_base, nbytes, counted, bits, head is not None, scores))
-    return EvalReport(names[0] if against is not None else None, dtype, texts, tuple(rows))
+    return EvalReport(names[0] if based else None, dtype, texts, tuple(rows))
 
 
 def _measure(

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+NAME_WIDTH = 16  # characters of a model's name that stay on one line, however narrow the table
+
+
 def table(report: EvalReport) -> Table:
     """Model, size and bits per weight, then for each text perplexity, KL and agreement.
 
@@ -21,7 +24,8 @@ def table(report: EvalReport) -> Table:
         box=None, pad_edge=False, header_style="bold", caption=protocol(report),
         caption_justify="left",
     )  # fmt: skip
-    result.add_column("model", overflow="fold")
+    longest = max(len(_name(row)) for row in report.rows)
+    result.add_column("model", overflow="fold", min_width=min(longest, NAME_WIDTH))
     result.add_column("size", justify="right", no_wrap=True)
     result.add_column("bits/\nweight", justify="right", no_wrap=True)
     for text in report.texts:
@@ -36,7 +40,7 @@ def table(report: EvalReport) -> Table:
 
 def _cells(report: EvalReport, row: Row) -> list[str]:
     cells = [
-        f"{row.model} (base)" if row.base else row.model,
+        _name(row),
         _size(row.nbytes),
         "-" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
     ]
@@ -45,6 +49,10 @@ def _cells(report: EvalReport, row: Row) -> list[str]:
         if report.base is not None:
             cells.extend(_divergence(score))
     return cells
+
+
+def _name(row: Row) -> str:
+    return f"{row.model} (base)" if row.base else row.model
 
 
 def _divergence(score: Score) -> list[str]:
@@ -66,7 +74,7 @@ def _size(nbytes: float) -> str:
 
 
 def protocol(report: EvalReport) -> str:
-    """One or two lines that say how the figures were measured."""
+    """A few lines that say how the figures were measured."""
     text = report.texts[0]
     lines = [
         f"{text.windows} windows x {text.window} tokens per text, {_SELECTIONS[text.selection]}; "
@@ -77,6 +85,10 @@ def protocol(report: EvalReport) -> str:
     lines.append("bits/weight: all weight bytes over all parameters of the base")
     if report.base is None:
         lines[-1] = "bits/weight: all weight bytes over all parameters"
+    if any(row.without for row in report.rows):
+        lines.append(
+            "without LAYER:EXPERT: its gate is 0, its tokens' other gates scaled to the same sum"
+        )
     return "\n".join(lines)
 
 

@@ -63,12 +63,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One model.
+    """One model, whole or with experts switched off.
 
     model: its name. nbytes: bytes of its safetensors files. parameters: weights of the checkpoint
     everything is compared with (its own without a base), None if unknown. bits_per_weight:
     8 nbytes / parameters. streamed: whether logits were streamed through the head, or came from the
-    model's own forward.
+    model's own forward. without: `LAYER:EXPERT` of each expert switched off (`eval.without`); the
+    sizes are still those of the files.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Row:
     bits_per_weight: float | None
     streamed: bool
     scores: tuple[Score, ...]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
