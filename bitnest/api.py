@@ -25,8 +25,8 @@ from bitnest.recipe import Recipe, Rule, default_format
 if TYPE_CHECKING:
     from bitnest.calibrate.data import CalibrationSet
     from bitnest.eval.evaluate import EvalReport
+    from bitnest.progress import Progress
     from bitnest.quantize.compare import Comparison
-    from bitnest.quantize.compress import Progress
 
 __all__ = [
     "CompressResult", "Group", "compare_formats", "compress", "evaluate", "export", "inspect",
@@ -358,11 +358,19 @@ def _check_vocabulary(model: Any, calibration: CalibrationSet, checkpoint: Check
 
 
 def _calibration(
-    tokenizer: Any, data: Sequence[str], samples: int, length: int, seed: int
+    tokenizer: Any,
+    data: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    *,
+    pack: str = "join",
 ) -> CalibrationSet:
     from bitnest import demo
     from bitnest.calibrate.data import calibration_windows, parse_source
 
     texts = list(data) or [f"demo={demo.calibration_text()}"]
-    sources = [parse_source(text) for text in texts]
-    return calibration_windows(tokenizer, sources, samples=samples, length=length, seed=seed)
+    sources = [parse_source(text, weighted=True) for text in texts]
+    return calibration_windows(
+        tokenizer, sources, samples=samples, length=length, seed=seed, pack=pack
+    )
