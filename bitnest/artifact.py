@@ -15,21 +15,26 @@ docs/format.md.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnest.errors import ArtifactError, BitnestError
+from bitnest.errors import ArtifactError
 from bitnest.formats import parse_format
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 from bitnest.sites import Site
+from bitnest.workdir import (
+    Workdir,
+    in_the_way,
+    is_empty,
+    partial_directory,
+    sha256_file,
+    write_bytes,
+    write_text,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "bitnest.json"
@@ -175,110 +180,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-class Writer:
-    """Writes an artifact so that a kill at any moment loses at most one block.
-
-    out: the final directory. fingerprint: hash of everything the result depends on; a partial
-    directory with another one is refused. blocks: number of decoder blocks.
-    """
-
-    def __init__(self, out: Path, fingerprint: dict[str, Any], blocks: int) -> None:
-        self.out = out
-        self.fingerprint = fingerprint
-        self.blocks = blocks
-        self.partial = partial_directory(out)
-        self.work = self.partial / "artifact"
-        self.state = self.partial / "state"
-        self._lock: Any = None
-        self._created: list[Path] = []  # directories this run made, the innermost first
-
-    def begin(self, *, fresh: bool) -> int:
-        """Create or reopen the partial directory; returns the number of finished blocks.
-
-        Raises:
-            ArtifactError: something else is in the way, or the partial run had other inputs.
-        """
-        self._take_lock()
-        if fresh:
-            shutil.rmtree(self.work, ignore_errors=True)
-            shutil.rmtree(self.state, ignore_errors=True)
-        self.work.mkdir(exist_ok=True)
-        self.state.mkdir(exist_ok=True)
-        inputs = self.state / "inputs.json"
-        if inputs.exists():
-            self._check_same(self._previous(inputs))
-        else:
-            _write_text(inputs, json.dumps(self.fingerprint, indent=1, sort_keys=True))
-        done = 0
-        while done < self.blocks and self._intact(done):
-            done += 1
-        return done
-
-    def _previous(self, inputs: Path) -> dict[str, Any]:
-        try:
-            previous = json.loads(inputs.read_text(encoding="utf-8"))
-        except ValueError:
-            previous = None
-        if not isinstance(previous, dict):
-            raise ArtifactError(
-                "the record of an unfinished run is damaged",
-                where=str(inputs),
-                hint="add --fresh to start over",
-            )
-        return previous
-
-    def _intact(self, block: int) -> bool:
-        """Whether a block was finished and its files are still what was written."""
-        if not self._record_file(block).exists():
-            return False
-        try:
-            files = json.loads(self._record_file(block).read_text(encoding="utf-8"))["files"]
-            return all(
-                sha256_file(self.work / name) == entry["sha256"] for name, entry in files.items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return False  # damaged since: this block and those after it are done again
-
-    def _take_lock(self) -> None:
-        self._created = [p for p in (self.partial, *self.partial.parents) if not p.exists()]
-        self.partial.mkdir(parents=True, exist_ok=True)
-        lock = (self.partial / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise ArtifactError(
-                "another process is writing this artifact",
-                where=str(self.out),
-                hint="wait for it, or choose another -o",
-            ) from error
-        self._lock = lock
-
-    def close(self) -> None:
-        """Let go of the lock; remove what this run put down if none of it is worth resuming."""
-        if self._lock is None:
-            return
-        if self.partial in self._created and not any(self.state.glob("block-*.json")):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            for directory in self._created:
-                with suppress(OSError):  # gone already, or no longer empty
-                    directory.rmdir()
-        self._lock.close()
-        self._lock = None
-
-    def _check_same(self, previous: dict[str, Any]) -> None:
-        changed = [
-            key
-            for key in sorted({*previous, *self.fingerprint})
-            if previous.get(key) != self.fingerprint.get(key)
-        ]
-        if changed:
-            raise ArtifactError(
-                "an unfinished run with other inputs is in the way; different: "
-                + ", ".join(changed),
-                where=str(self.partial),
-                hint="repeat the earlier command to resume it, or add --fresh to start over",
-            )
+class Writer(Workdir):
+    """Writes an artifact so that a kill at any moment loses at most one block."""
 
     def packed_name(self, block: int) -> str:
         """File name of one block's packed weights."""
@@ -288,17 +191,12 @@ class Writer:
         self, block: int, records: Sequence[SiteRecord], entries: Sequence[Entry]
     ) -> None:
         """Store one finished block: its packed file, then the record that makes it count."""
-        content: dict[str, Any] = {"sites": [record.to_json() for record in records], "files": {}}
-        if entries:
-            name = self.packed_name(block)
-            size, digest = write_file(self.work / name, entries)
-            content["files"][name] = {"bytes": size, "sha256": digest}
-        _write_text(self._record_file(block), json.dumps(content))
+        files = {self.packed_name(block): entries} if entries else {}
+        self.save_block(block, {"sites": [record.to_json() for record in records]}, files)
 
     def block_records(self, block: int) -> list[SiteRecord]:
         """What `write_block` stored."""
-        content = json.loads(self._record_file(block).read_text(encoding="utf-8"))
-        return [SiteRecord.from_json(item) for item in content["sites"]]
+        return [SiteRecord.from_json(item) for item in self.saved_block(block)["sites"]]
 
     def finish(
         self, source: Path, config: dict[str, Any], dense: Sequence[Entry], manifest: dict[str, Any]
@@ -307,11 +205,11 @@ class Writer:
         files: dict[str, Any] = {}
         sites: list[Any] = []
         for block in range(self.blocks):
-            content = json.loads(self._record_file(block).read_text(encoding="utf-8"))
+            content = self.saved_block(block)
             files.update(content["files"])
             sites.extend(content["sites"])
         files.update(self._write_dense(dense))
-        _write_text(self.work / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(self.work / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         _copy_files(source, self.work)
         for file in sorted(self.work.iterdir()):
             if file.name not in files and file.name != MANIFEST and file.suffix != ".tmp":
@@ -320,13 +218,8 @@ class Writer:
                     "sha256": sha256_file(file),
                 }
         manifest = {"format_version": FORMAT_VERSION, **manifest, "sites": sites, "files": files}
-        _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        for file in self.work.glob("*.tmp"):
-            file.unlink()
-        if self.out.exists():
-            self.out.rmdir()  # empty, checked before work began
-        os.rename(self.work, self.out)
-        shutil.rmtree(self.partial)
+        write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        self.publish()
         return Artifact.open(self.out)
 
     def _write_dense(self, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -341,16 +234,8 @@ class Writer:
         total = sum(item.nbytes for item in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=1) + "\n"
-        _write_text(self.work / "model.safetensors.index.json", text)
+        write_text(self.work / "model.safetensors.index.json", text)
         return files
-
-    def _record_file(self, block: int) -> Path:
-        return self.state / f"block-{block:05d}.json"
-
-
-def partial_directory(out: Path) -> Path:
-    """Where an unfinished artifact lies."""
-    return out.parent / f".{out.name}.partial"
 
 
 def finished_with(out: Path, fingerprint: dict[str, Any]) -> Artifact | None:
@@ -359,24 +244,14 @@ def finished_with(out: Path, fingerprint: dict[str, Any]) -> Artifact | None:
     Raises:
         ArtifactError: something else is there.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_empty(out):
         return None
     if out.is_dir() and is_artifact(out):
         artifact = Artifact.open(out)
         if artifact.manifest.get("fingerprint") == fingerprint:
             shutil.rmtree(partial_directory(out), ignore_errors=True)  # killed right after renaming
             return artifact
-    raise ArtifactError(
-        "the output is in the way: it exists and is not this run's result",
-        where=str(out),
-        hint="choose another -o, or remove it first",
-    )
-
-
-def sha256_file(file: Path) -> str:
-    """Hex digest of a file's contents."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    raise in_the_way(out)
 
 
 def _shards(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
@@ -396,26 +271,4 @@ def _copy_files(source: Path, target: Path) -> None:
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
-                _write_bytes(target / file.name, file.read_bytes())
-
-
-def _write_text(file: Path, text: str) -> None:
-    _write_bytes(file, text.encode())
-
-
-def _write_bytes(file: Path, data: bytes) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def storage_error(error: OSError, place: Path) -> BitnestError:
-    """A full disk or a missing permission, said as one."""
-    return ArtifactError(
-        f"cannot write: {error.strerror or error}",
-        where=str(place),
-        hint="free space or choose another -o; the same command resumes at the last finished block",
-    )
+                write_bytes(target / file.name, file.read_bytes())

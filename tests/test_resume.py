@@ -23,8 +23,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from bitnest import api
-from bitnest.artifact import Artifact, Writer, partial_directory
+from bitnest.artifact import Artifact, Writer
 from bitnest.errors import ArtifactError, UnsupportedModel
+from bitnest.workdir import partial_directory
 from tests.tiny import Builder
 
 BLOCKS = 6

@@ -10,7 +10,7 @@ import typer
 from bitnest.cli.options import Quiet, Remote
 
 if TYPE_CHECKING:
-    from bitnest.quantize.compress import Progress
+    from bitnest.progress import Progress
 
 
 def command(

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,9 +29,7 @@ from bitnest.artifact import (
     SiteRecord,
     Writer,
     finished_with,
-    partial_directory,
     site_tensors,
-    storage_error,
 )
 from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
@@ -42,6 +40,7 @@ from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, parse_format
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
+from bitnest.progress import Progress, Silent
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
@@ -49,28 +48,9 @@ from bitnest.recipe import Recipe
 from bitnest.safetensors_io import Entry, entry, read_header
 from bitnest.sites import Site, find_sites, is_experts
 from bitnest.skeleton import Skeleton
+from bitnest.workdir import partial_directory, storage_error
 
 ALGORITHM = 2  # raised when the same inputs would give other bytes than an earlier version
-
-
-class Progress(Protocol):
-    """Where a long run reports to."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A stage begins that consists of `total` steps."""
-
-    def step(self, amount: int = 1, note: str = "") -> None:
-        """Some of the stage's steps are done."""
-
-
-class Silent:
-    """A progress that says nothing."""
-
-    def phase(self, name: str, total: int) -> None:
-        """Ignore."""
-
-    def step(self, amount: int = 1, note: str = "") -> None:
-        """Ignore."""
 
 
 @dataclass(frozen=True)

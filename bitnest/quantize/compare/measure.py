@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from bitnest.formats import PackedFormat
+from bitnest.progress import Progress
 from bitnest.quantize.compare.select import on_the_fly
 from bitnest.quantize.compare.tally import SiteTally, Sums
-from bitnest.quantize.compress import Progress
 from bitnest.quantize.solve import Options, needs_statistics, solve, weighted_error
 
 

@@ -15,12 +15,13 @@ from bitnest.calibrate.stream import Stream
 from bitnest.errors import CheckpointError, UnsupportedModel
 from bitnest.formats import PackedFormat
 from bitnest.kernels.experts import up_name
+from bitnest.progress import Progress, Silent
 from bitnest.quantize.block import ExpertInputs
 from bitnest.quantize.compare.inputs import RowSample, Sampler, expert_rows
 from bitnest.quantize.compare.measure import Measure
 from bitnest.quantize.compare.scores import Comparison
 from bitnest.quantize.compare.select import matching
-from bitnest.quantize.compress import Job, Progress, Silent
+from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
 from bitnest.sites import KINDS, Site, is_experts
 
