@@ -2,6 +2,7 @@
 
 result = bitnest.compress("demo", "demo-int4", bits=4)
 model = bitnest.load("demo-int4")
+statistics = bitnest.analyze("demo", "demo-statistics", data=["books=a.txt", "code=b.txt"])
 report = bitnest.evaluate(["demo-int4"], against="demo", data=["text.txt"])
 bitnest.export("demo-int4", "demo-vllm", engine="vllm-cuda")
 """
@@ -23,18 +24,20 @@ from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import Recipe, Rule, default_format
 
 if TYPE_CHECKING:
-    from bitnest.calibrate.data import CalibrationSet
+    from bitnest.calibrate.data import CalibrationSet, DataSource
     from bitnest.eval.evaluate import EvalReport
     from bitnest.progress import Progress
     from bitnest.quantize.compare import Comparison
+    from bitnest.statistics import Statistics
 
 __all__ = [
-    "CompressResult", "Group", "compare_formats", "compress", "evaluate", "export", "inspect",
-    "load", "load_tokenizer",
+    "CompressResult", "Group", "analyze", "compare_formats", "compress", "evaluate", "export",
+    "inspect", "load", "load_tokenizer", "merge_statistics", "write_report",
 ]  # fmt: skip
 
 DEFAULT_SAMPLES = 64
 DEFAULT_LENGTH = 512
+CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,129 @@ def compare_formats(
     )
 
 
+def analyze(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: Sequence[str] = (),
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    pack: str = "join",
+    formats: Sequence[str] = CANDIDATES,
+    method: str = "gptq",
+    importance: str = "kl",
+    fisher_windows: int = 8,
+    probes: int = 12,
+    probe_windows: int = 4,
+    hessian: str = "auto",
+    keep_hessians: bool = False,
+    weighting: str = "gate",
+    damp: float = 0.03,
+    min_tokens: int | None = None,
+    clip: bool = True,
+    cover: str | None = None,
+    cover_limit: int = 64,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str | None = None,
+    compute: str = "auto",
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Measure how `model` is used and how sensitive it is, into the directory `out`.
+
+    data: `label=source`, any number; none means the embedded text. formats: candidates whose error
+    and loss are measured at every site, with `method`. importance, fisher_windows, probes,
+    probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`. cover: `data` or `self`
+    adds up to cover_limit windows until every expert has min_tokens. The rest as in `compress`.
+    Besides the statistics, report.json and report.html are written.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    from bitnest.calibrate.analyze import Analysis
+    from bitnest.calibrate.analyze import analyze as run
+    from bitnest.calibrate.cover import cover as extend
+    from bitnest.progress import Silent
+    from bitnest.quantize.compare import parse_formats
+    from bitnest.quantize.compress import prepare, with_calibration
+
+    candidates = tuple(parse_formats(formats, data=True)) if formats else ()
+    analysis = Analysis(
+        candidates, importance, fisher_windows, probes, probe_windows, hessian, keep_hessians
+    )
+    recipe = Recipe(
+        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
+    )
+    checkpoint = Checkpoint.open(model)
+    job = prepare(
+        checkpoint,
+        recipe,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        memory=memory,
+        compute=compute,
+    )
+    _check_length(job.skeleton.model.config, length)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    calibration = _calibration(tokenizer, data, samples, length, seed, pack=pack)
+    _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+    drawn = None
+    if cover is not None:
+        calibration, drawn = extend(
+            job,
+            calibration,
+            cover,
+            tokenizer=tokenizer,
+            sources=_sources(data),
+            limit=cover_limit,
+            seed=seed,
+            progress=progress or Silent(),
+        )
+    job = with_calibration(job, calibration)
+    target = Path(out).absolute()
+    statistics = run(job, analysis, target, drawn=drawn, fresh=fresh, progress=progress)
+    write_report(target)
+    return statistics
+
+
+def write_report(statistics: str | Path) -> dict[str, Any]:
+    """Write report.json and report.html of a directory of statistics; gives the analysis.
+
+    Raises:
+        StatisticsError: not one.
+    """
+    import json
+
+    from bitnest.calibrate.report import render
+    from bitnest.calibrate.summary import summarise as analysis_of
+    from bitnest.statistics import Statistics
+    from bitnest.workdir import storage_error, write_text
+
+    opened = Statistics.open(statistics)
+    analysis = analysis_of(opened)
+    try:
+        write_text(opened.path / "report.json", json.dumps(analysis) + "\n")
+        write_text(opened.path / "report.html", render(analysis))
+    except OSError as error:
+        raise storage_error(error, opened.path) from error
+    return analysis
+
+
+def merge_statistics(parts: Sequence[str | Path], out: str | Path) -> Statistics:
+    """Add up statistics of one model measured on several parts of the data, into `out`.
+
+    Raises:
+        StatisticsError: they do not fit together.
+    """
+    from bitnest.statistics import Statistics, merge
+
+    merged = merge([Statistics.open(part) for part in parts], Path(out).absolute())
+    write_report(merged.path)
+    return merged
+
+
 def export(
     artifact: str | Path, out: str | Path, *, engine: str | None = None, verify: bool = True
 ) -> Any:
@@ -366,11 +492,16 @@ def _calibration(
     *,
     pack: str = "join",
 ) -> CalibrationSet:
+    from bitnest.calibrate.data import calibration_windows
+
+    return calibration_windows(
+        tokenizer, _sources(data), samples=samples, length=length, seed=seed, pack=pack
+    )
+
+
+def _sources(data: Sequence[str]) -> list[DataSource]:
     from bitnest import demo
-    from bitnest.calibrate.data import calibration_windows, parse_source
+    from bitnest.calibrate.sources import parse_source
 
     texts = list(data) or [f"demo={demo.calibration_text()}"]
-    sources = [parse_source(text, weighted=True) for text in texts]
-    return calibration_windows(
-        tokenizer, sources, samples=samples, length=length, seed=seed, pack=pack
-    )
+    return [parse_source(text, weighted=True) for text in texts]

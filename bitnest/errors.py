@@ -56,6 +56,10 @@ class ArtifactError(BitnestError):
     """A compressed directory that is incomplete, damaged or of another version."""
 
 
+class StatisticsError(BitnestError):
+    """Statistics that are incomplete, damaged, or of something else than they are used for."""
+
+
 class TargetError(BitnestError):
     """The named engine cannot run what it would be given."""
 

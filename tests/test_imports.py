@@ -17,7 +17,8 @@ PACKAGE = Path(bitnest.__file__).parent
 VERBS = "api and cli"
 # From the bottom up. A module may import from its own rank and from those before it.
 RANKS: list[set[str]] = [
-    {"nouns"},  # the files beside api.py: errors, formats, checkpoint, sites, recipe, artifact ...
+    # the files beside api.py: errors, formats, checkpoint, sites, recipe, artifact ...
+    {"nouns", "html"},
     {"kernels"},
     {"packed"},
     {"calibrate", "quantize", "prune"},

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,14 @@ class Stream:
         dtype: torch.dtype,
         device: torch.device,
         memory_limit: int | None = None,
+        labels: Sequence[str] = (),
+        singles: bool = False,
     ) -> None:
         """Embed `tokens` (samples, length) and learn how every block is called.
 
         dtype: of hidden states. memory_limit: bytes of hidden states kept in memory; more go to
-        a temporary file.
+        a temporary file. labels: one per sample; a batch never holds samples of two.
+        singles: `forward` is also to be called with one sample.
 
         Raises:
             UnsupportedModel: blocks are called with arguments that change from sample to sample.
@@ -66,13 +69,35 @@ class Stream:
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self._calls: dict[int, list[_Call]] = {}
         self._limit = memory_limit
-        self._tuple_output = False
-        self._embed(tokens)
+        self.tuple_output = False
+        self._parts = list(_batches(len(tokens), self.batch, labels))
+        self._embed(tokens, singles)
 
-    def batches(self) -> Iterator[slice]:
+    def batches(self) -> list[slice]:
         """Sample ranges, in order."""
-        for start in range(0, len(self.hidden), self.batch):
-            yield slice(start, min(start + self.batch, len(self.hidden)))
+        return self._parts
+
+    def forward(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """Block `layer`, which must hold its weights, on states (samples, length, hidden_size)."""
+        call = self._calls[len(states)][layer]
+        output = self.skeleton.blocks[layer](states, *call.args, **call.kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def forward_checked(self, layer: int, part: slice) -> torch.Tensor:
+        """`forward` on some of the stored samples.
+
+        Raises:
+            UnsupportedModel: NaN or infinite outputs, of which statistics would be meaningless.
+        """
+        output = self.forward(layer, self.hidden[part].to(self.device))
+        if not output.isfinite().all():
+            raise UnsupportedModel(
+                f"block {layer} gives NaN or infinite values in {self.dtype}",
+                where=type(self.skeleton.model).__name__,
+                hint="check that the original model gives sensible text; use --method rtn",
+            )
+        return output
 
     @torch.no_grad()
     def run(self, layer: int, *, keep: bool, after_batch: Callable[[], None] | None = None) -> None:
@@ -80,24 +105,14 @@ class Stream:
 
         keep: store the outputs as the next block's inputs. after_batch: called between batches.
         """
-        block = self.skeleton.blocks[layer]
         for part in self.batches():
-            states = self.hidden[part].to(self.device)
-            call = self._calls[len(states)][layer]
-            output = block(states, *call.args, **call.kwargs)
-            output = output[0] if isinstance(output, tuple) else output
-            if not output.isfinite().all():  # statistics of it would be meaningless
-                raise UnsupportedModel(
-                    f"block {layer} gives NaN or infinite values in {self.dtype}",
-                    where=type(self.skeleton.model).__name__,
-                    hint="check that the original model gives sensible text; use --method rtn",
-                )
+            output = self.forward_checked(layer, part)
             if keep:
                 self.hidden[part] = output
             if after_batch is not None:
                 after_batch()
 
-    def _embed(self, tokens: torch.Tensor) -> None:
+    def _embed(self, tokens: torch.Tensor, singles: bool) -> None:
         skeleton = self.skeleton
         head = skeleton.model.get_output_embeddings()
         head_name = next((n for n, m in skeleton.model.named_modules() if m is head), None)
@@ -111,13 +126,14 @@ class Stream:
         )
         self._move_buffers()
         try:
-            for start in range(0, len(tokens), self.batch):
-                part = tokens[start : start + self.batch].to(self.device)
-                states, calls = self._record(part)
-                self._remember(len(part), calls)
-                if start == 0:
+            for part in self.batches():
+                states, calls = self._record(tokens[part].to(self.device))
+                self._remember(len(states), calls)
+                if part.start == 0:
                     self.hidden = self.allocate((*tokens.shape, states.shape[-1]))
-                self.hidden[start : start + len(part)] = states
+                self.hidden[part] = states
+            if singles:
+                self._remember(1, self._record(tokens[:1].to(self.device))[1])
         finally:
             hook.remove()
         for name in outside:
@@ -145,12 +161,12 @@ class Stream:
                 states, rest = _split_hidden(args, kwargs)
                 if index == 0:
                     first.append(states.detach())
-                elif states.shape != first[0].shape and not self._tuple_output:
+                elif states.shape != first[0].shape and not self.tuple_output:
                     raise _WantsTuple
                 calls.append(_Call(rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
                 if index == len(blocks) - 1:
                     raise _Done
-                return (states,) if self._tuple_output else states
+                return (states,) if self.tuple_output else states
 
             return forward
 
@@ -162,11 +178,11 @@ class Stream:
         except _Done:
             pass
         except _WantsTuple:
-            self._tuple_output = True
+            self.tuple_output = True
         finally:
             for block in blocks:
                 del block.forward
-        if self._tuple_output and len(calls) != len(blocks) and not retry:
+        if self.tuple_output and len(calls) != len(blocks) and not retry:
             return self._record(tokens, retry=True)
         if len(calls) != len(blocks):
             raise UnsupportedModel(
@@ -208,6 +224,17 @@ class Stream:
     def tokens(self) -> int:
         """Tokens in all samples."""
         return self.hidden.shape[0] * self.hidden.shape[1]
+
+
+def _batches(count: int, size: int, labels: Sequence[str]) -> Iterator[slice]:
+    """Ranges of at most `size` samples of one label."""
+    start = 0
+    while start < count:
+        stop = start + 1
+        while stop < min(start + size, count) and (not labels or labels[stop] == labels[start]):
+            stop += 1
+        yield slice(start, stop)
+        start = stop
 
 
 class _WantsTuple(Exception):

@@ -12,7 +12,17 @@ import sys
 import typer
 
 from bitnest import __version__
-from bitnest.cli import compare_formats, compress, eval, export, formats, inspect, serve
+from bitnest.cli import (
+    analyze,
+    compare_formats,
+    compress,
+    eval,
+    export,
+    formats,
+    inspect,
+    serve,
+    statistics,
+)
 from bitnest.cli.render import print_error
 from bitnest.errors import BitnestError
 
@@ -26,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Compress large language models, Mixture-of-Experts first; prove what was lost; serve.",
 )
+app.command("analyze")(analyze.command)
 app.command("compress")(compress.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
@@ -33,6 +44,8 @@ app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
 app.command("compare-formats")(compare_formats.command)
+app.command("report")(statistics.report)
+app.command("merge-statistics")(statistics.merge)
 
 
 @app.callback(invoke_without_command=True)
@@ -54,7 +67,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise
-        sys.stderr.write("\ninterrupted; the same command resumes an unfinished compression\n")
+        sys.stderr.write("\ninterrupted; the same command resumes an unfinished run\n")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()

@@ -11,6 +11,7 @@ experts interface defines them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +21,41 @@ Weights = Callable[[int, str], torch.Tensor]
 """(expert, parameter name) -> matrix (out, in)."""
 
 
+@dataclass(frozen=True)
+class ExpertPass:
+    """One expert's part of a forward pass, as it was computed.
+
+    tokens: which of the batch (n,), in order. gates: their weights (n,). x: what it read
+    (n, hidden). up: what its first projection gave. inner: what its down projection read. y: its
+    output before post norm and gate (n, hidden).
+    """
+
+    expert: int
+    tokens: torch.Tensor
+    gates: torch.Tensor
+    x: torch.Tensor
+    up: torch.Tensor
+    inner: torch.Tensor
+    y: torch.Tensor
+
+
+Watch = Callable[[ExpertPass], None]
+"""Called for every expert that has tokens, while the pass goes on."""
+
+
 def experts_forward(
     module: Any,
     weights: Weights,
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts' outputs for every token.
 
     module: an experts module of transformers. hidden: (tokens, hidden). top_k_index,
-    top_k_weights: (tokens, k); indices beyond the number of experts mean no expert.
+    top_k_weights: (tokens, k); indices beyond the number of experts mean no expert. watch: sees
+    every expert's inputs and outputs.
     """
     output = torch.zeros_like(hidden)
     flat = top_k_index.flatten()
@@ -42,25 +67,40 @@ def experts_forward(
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        chosen = tokens[start : start + count]
-        y = expert_output(module, weights, expert, hidden[chosen])
-        y = y * gates[start : start + count, None].to(y.dtype)
+        chosen, own = tokens[start : start + count], gates[start : start + count]
+        x = hidden[chosen]
+        up, inner, y = _expert(module, weights, expert, x)
+        if watch is not None:
+            watch(ExpertPass(expert, chosen, own, x, up, inner, y))
+        y = _post_norm(module, y) * own[:, None].to(y.dtype)
         output.index_add_(0, chosen, y.to(output.dtype))
         start += count
     return output
 
 
-def expert_output(module: Any, weights: Weights, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """One expert applied to tokens x (n, hidden), before its gate weight."""
-    inner = down_input(module, weights(expert, up_name(module)), expert, x)
+def _expert(
+    module: Any, weights: Weights, expert: int, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One expert applied to rows x (n, hidden): first projection, down's input, output."""
+    up = F.linear(x, weights(expert, up_name(module)), _bias(module, up_name(module), expert, x))
+    inner = _activate(module, up)
     y = F.linear(inner, weights(expert, "down_proj"), _bias(module, "down_proj", expert, x))
-    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
+    return up, inner, y
+
+
+def _activate(module: Any, up: torch.Tensor) -> torch.Tensor:
+    inner: torch.Tensor
+    inner = module._apply_gate(up) if getattr(module, "has_gate", True) else module.act_fn(up)
+    return inner
 
 
 def down_input(module: Any, up_weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What one expert's down projection reads, (n, intermediate), for tokens x (n, hidden)."""
-    h = F.linear(x, up_weight, _bias(module, up_name(module), expert, x))
-    return module._apply_gate(h) if getattr(module, "has_gate", True) else module.act_fn(h)
+    return _activate(module, F.linear(x, up_weight, _bias(module, up_name(module), expert, x)))
+
+
+def _post_norm(module: Any, y: torch.Tensor) -> torch.Tensor:
+    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
 def up_name(module: Any) -> str:

@@ -1,0 +1,460 @@
+"""analyze: one pass over the model that ends in Statistics; one decoder block in memory at a time.
+
+    1. Fisher, if importance is by gradients: forwards and backwards over some windows (`fisher`)
+    2. for every block: observe all windows (`observe`), solve every site in every candidate format
+       (`sensitivity`), send probes (`probes`) and samples on, store, free
+    3. KL of the probes, by the model's own head (`tail`)
+
+Statistics are of the uncompressed model: every block sees what it sees in the original. A killed
+run resumes at the last finished block; finished blocks are replayed, Fisher and probes read back.
+
+Experts' Hessians of one block are summed in as many passes as memory asks for, up to MAX_PASSES;
+beyond that their diagonal has to do, which is said in the header ("hessian") and at info level.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitnest import __version__
+from bitnest.calibrate.blocks import block_tensors, weight_figures
+from bitnest.calibrate.collector import reference_experts
+from bitnest.calibrate.cover import Drawn
+from bitnest.calibrate.data import CalibrationSet
+from bitnest.calibrate.fisher import IMPORTANCE, Fisher, measure_fisher
+from bitnest.calibrate.observe import COVER, Observer
+from bitnest.calibrate.probes import Measured, Probes, draw_plans, group_plans
+from bitnest.calibrate.sensitivity import Scored, Sensitivity, sample_rows
+from bitnest.calibrate.stream import Stream
+from bitnest.calibrate.tail import open_tail
+from bitnest.errors import RecipeError
+from bitnest.formats import PackedFormat
+from bitnest.progress import Progress, Silent
+from bitnest.quantize.compress import Job
+from bitnest.quantize.memory import Budget, release
+from bitnest.quantize.solve import Options
+from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
+from bitnest.sites import Site, is_experts
+from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
+
+log = logging.getLogger(__name__)
+
+HESSIAN_BYTES = 1 << 30  # of one pass's expert Hessians without --memory
+MAX_PASSES = 8
+HESSIANS = ("auto", "full", "diagonal")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is measured, besides usage.
+
+    formats: candidates for every site but routers. importance: kl or loss (gradients), probes (KL
+    of one perturbed block and kind at a time), none. fisher_windows, probe_windows: per label.
+    probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians: store them.
+    """
+
+    formats: tuple[PackedFormat, ...]
+    importance: str = "kl"
+    fisher_windows: int = 8
+    probes: int = 12
+    probe_windows: int = 4
+    hessian: str = "auto"
+    keep_hessians: bool = False
+
+    def __post_init__(self) -> None:
+        known = (*IMPORTANCE, "probes", "none")
+        if self.importance not in known:
+            raise RecipeError(f"unknown importance '{self.importance}'", hint=", ".join(known))
+        if self.hessian not in HESSIANS:
+            raise RecipeError(f"unknown kind of Hessian '{self.hessian}'", hint=", ".join(HESSIANS))
+        if self.keep_hessians and self.hessian == "diagonal":
+            raise RecipeError("diagonal Hessians are kept anyway", hint="leave out one of the two")
+        if not self.formats and (self.importance != "none" or self.probes):
+            raise RecipeError(
+                "nothing to be sensitive to: no candidate format",
+                hint="name one, or measure usage only: --importance none --probes 0",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "formats": [fmt.name for fmt in self.formats]}
+
+
+def analyze(
+    job: Job,
+    analysis: Analysis,
+    out: Path,
+    *,
+    drawn: Drawn | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Measure `job`'s model on job.calibration, into the directory `out`.
+
+    drawn: what of the calibration was added for coverage.
+
+    Raises:
+        BitnestError: before work for whatever can be known then.
+    """
+    assert job.calibration is not None
+    progress = progress or Silent()
+    budget = Budget.plan(job.skeleton, job.sites, job.memory)
+    progress.phase("checking weights", job.checkpoint.nbytes)
+    fingerprint = _fingerprint(job, analysis, job.checkpoint.scan(progress.step))
+    done = finished_statistics(out, fingerprint)
+    if done is not None:
+        return done
+    writer = StatisticsWriter(out, fingerprint, len(job.skeleton.blocks))
+    try:
+        finished = writer.begin(fresh=fresh)
+        with torch.no_grad():
+            return _Run(job, job.calibration, analysis, writer, budget, drawn, progress).run(
+                finished
+            )
+    finally:
+        writer.close()
+
+
+class _Run:
+    """The three stages."""
+
+    def __init__(
+        self,
+        job: Job,
+        calibration: CalibrationSet,
+        analysis: Analysis,
+        writer: StatisticsWriter,
+        budget: Budget,
+        drawn: Drawn | None,
+        progress: Progress,
+    ) -> None:
+        self.job, self.calibration, self.analysis = job, calibration, analysis
+        self.writer, self.budget, self.progress = writer, budget, progress
+        self.drawn = drawn
+        self.skeleton = job.skeleton
+        self.labels = list(dict.fromkeys(calibration.labels))
+        self.numbers = [self.labels.index(label) for label in calibration.labels]
+        recipe = job.recipe
+        half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
+        self.options = Options(
+            recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip, half
+        )
+        self.sites = [site for site in job.sites if site.kind != "router"]
+        self.passes = self._passes()
+        self.full = analysis.hessian != "diagonal" and self.passes <= MAX_PASSES
+        self.fisher: Fisher | None = None
+
+    def run(self, finished: int) -> Statistics:
+        """From the block number `finished` on."""
+        started = time.monotonic()
+        if self.analysis.importance in IMPORTANCE:
+            self.fisher = self._fisher()
+        stream = self._stream(list(range(len(self.numbers))), singles=True)
+        probes = self._probes(stream)
+        if finished and not self._restore(probes, finished - 1):
+            finished = 0
+        count = len(self.skeleton.blocks)
+        self.progress.phase("analyzing", count)
+        for layer in range(count):
+            prefix = f"{self.skeleton.prefix}.{layer}"
+            self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
+            release()
+            if layer >= finished:
+                self._block(layer, prefix, stream, probes)
+            with reference_experts(
+                m for m in self.skeleton.blocks[layer].modules() if is_experts(m)
+            ):
+                stream.run(layer, keep=True)
+            self.skeleton.drop(prefix)
+            release()
+            self.progress.step(note="" if layer >= finished else "resumed")
+        measured = self._measure(stream, probes)
+        return self.writer.finish(self._header(probes, measured, time.monotonic() - started))
+
+    def _stream(self, samples: Sequence[int], *, singles: bool = False) -> Stream:
+        return Stream(
+            self.skeleton,
+            self.calibration.tokens[list(samples)],
+            dtype=self.job.compute,
+            device=self.job.device,
+            memory_limit=self.budget.hidden,
+            labels=[self.calibration.labels[i] for i in samples],
+            singles=singles,
+        )
+
+    def _windows(self, count: int, *, last: bool) -> list[int]:
+        """Up to `count` sample numbers of every label but `cover`, ascending; the last or first."""
+        chosen: list[int] = []
+        for number, label in enumerate(self.labels):
+            own = [i for i, n in enumerate(self.numbers) if n == number]
+            if label != COVER or len(self.labels) == 1:
+                chosen.extend(own[-count:] if last else own[:count])
+        return sorted(chosen)
+
+    # ---- Fisher
+
+    def _fisher(self) -> Fisher:
+        file = self.writer.state / "fisher.safetensors"
+        if file.exists():
+            tensors = {name: read_tensor(info) for name, info in read_header(file).items()}
+            return Fisher(tensors, tensors.pop("predictions"))
+        self.progress.phase("importance by gradients", 2 * len(self.skeleton.blocks))
+        samples = self._windows(self.analysis.fisher_windows, last=False)
+        stream = self._stream(samples)
+        fisher = measure_fisher(
+            stream,
+            self.calibration.tokens[samples],
+            [self.numbers[i] for i in samples],
+            len(self.labels),
+            kind=self.analysis.importance,
+            seed=self.job.recipe.seed,
+            progress=self.progress,
+        )
+        tensors = {"predictions": fisher.predictions, **fisher.rows}
+        write_file(file, [entry(name, value) for name, value in tensors.items()])
+        release()
+        return fisher
+
+    # ---- blocks
+
+    def _block(self, layer: int, prefix: str, stream: Stream, probes: Probes) -> None:
+        block = self.skeleton.blocks[layer]
+        modules = dict(block.named_modules(prefix=prefix))
+        sites = [site for site in self.sites if site.layer == layer]
+        observer = self._observer(block, prefix, sites, stream.tokens)
+        sensitivity = Sensitivity(
+            self.analysis.formats, self.options, self._fisher_of, self._parameter, probes.offer
+        )
+        scored: dict[str, Scored] = {}
+        with observer:
+            for number, chosen in enumerate(self._expert_parts(modules)):
+                observer.first_pass = number == 0
+                observer.experts = chosen.__contains__
+                self._observe(layer, stream, observer)
+                release()
+                for item in self._score(sites, modules, observer, sensitivity, chosen, number == 0):
+                    scored[item.site.name] = item
+                for sums in observer.fused.values():
+                    if not self.analysis.keep_hessians:
+                        sums.hessians.clear()
+        probes.advance(layer)
+        self._save_probes(probes, layer)
+        weights = weight_figures(sites, self._parameter)
+        record, tensors = block_tensors(
+            layer, sites, modules, observer, scored, weights, self._fisher_rows(prefix),
+            keep_hessians=self.analysis.keep_hessians, formats=len(self.analysis.formats),
+        )  # fmt: skip
+        self.writer.write_block(layer, record, tensors)
+        if layer:
+            self._probe_file(layer - 1).unlink(missing_ok=True)
+
+    def _observer(
+        self, block: nn.Module, prefix: str, sites: Sequence[Site], tokens: int
+    ) -> Observer:
+        widths = [site.shape[1] for site in sites if site.expert is not None]
+        return Observer(
+            block,
+            prefix,
+            labels=len(self.labels),
+            full=self.full and bool(self.analysis.formats),
+            weighting=self.job.recipe.weighting,
+            sample=sample_rows(tokens, widths, self.options.min_tokens),
+        )
+
+    def _observe(self, layer: int, stream: Stream, observer: Observer) -> None:
+        length = self.calibration.tokens.shape[1]
+        for part in stream.batches():
+            observer.before_batch(self.numbers[part.start], part.start * length)
+            stream.forward_checked(layer, part)
+            observer.after_batch()
+
+    def _score(
+        self,
+        sites: Sequence[Site],
+        modules: Mapping[str, nn.Module],
+        observer: Observer,
+        sensitivity: Sensitivity,
+        chosen: Sequence[int],
+        first: bool,
+    ) -> Iterator[Scored]:
+        if not self.analysis.formats:
+            return
+        if first:
+            linears = [s for s in sites if not is_experts(modules[s.module])]
+            yield from sensitivity.linears(linears, observer)
+        for name, sums in observer.fused.items():
+            own = [site for site in sites if site.module == name]
+            rows = torch.cat(observer.rows[name]) if self.full else None
+            numbers = [e for e in chosen if any(s.expert == e for s in own)]
+            chunk = self.budget.expert_chunk(own)
+            for start in range(0, len(numbers), chunk):
+                part = numbers[start : start + chunk]
+                yield from sensitivity.experts(own, modules[name], sums, rows, part)
+
+    def _expert_parts(self, modules: Mapping[str, nn.Module]) -> list[range]:
+        """Experts whose Hessians are summed in each pass."""
+        counts = [int(m.num_experts) for m in modules.values() if is_experts(m)]  # type: ignore[arg-type]
+        experts = max(counts, default=1)
+        size = math.ceil(experts / self.passes) if self.full else experts
+        return [range(start, min(start + size, experts)) for start in range(0, experts, size)]
+
+    def _passes(self) -> int:
+        """Passes over a block in which its experts' Hessians fit."""
+        widths: dict[tuple[str, int, int], int] = {}
+        for site in self.sites:
+            if site.expert is not None and site.param != "weight":
+                key = (site.module, site.expert, site.shape[1])
+                widths[key] = 4 * site.shape[1] ** 2 * (len(self.labels) + 2)
+        totals: dict[str, int] = {}
+        for (module, _, _), nbytes in widths.items():
+            totals[module] = totals.get(module, 0) + nbytes
+        memory = self.job.memory
+        limit = HESSIAN_BYTES if memory is None else max(self.budget.work, memory // 8)
+        passes = max(1, math.ceil(max(totals.values(), default=0) / limit))
+        if passes > MAX_PASSES and self.analysis.hessian == "full":
+            return MAX_PASSES
+        if passes > MAX_PASSES and self.analysis.hessian == "auto":
+            log.info("Hessians of a layer's experts need %d passes: their diagonals do", passes)
+        return passes
+
+    def _parameter(self, site: Site) -> torch.Tensor:
+        return self.skeleton.model.get_parameter(site.path).data
+
+    def _fisher_of(self, site: Site) -> torch.Tensor | None:
+        if self.fisher is None:
+            return None
+        return self.fisher.of(site)
+
+    def _fisher_rows(self, prefix: str) -> dict[str, torch.Tensor]:
+        rows = self.fisher.rows if self.fisher is not None else {}
+        return {name: t for name, t in rows.items() if name.startswith(prefix + ".")}
+
+    # ---- probes
+
+    def _probes(self, stream: Stream) -> Probes:
+        formats, seed = self.analysis.formats, self.job.recipe.seed
+        plans = draw_plans(self.sites, formats, self.analysis.probes, seed)
+        if self.analysis.importance == "probes":
+            plans += group_plans(self.sites, _middle(formats))
+        samples = self._windows(self.analysis.probe_windows, last=True)
+        return Probes(stream, plans, samples, self._parameter)
+
+    def _probe_file(self, layer: int) -> Path:
+        return self.writer.state / f"probes-{layer:05d}.safetensors"
+
+    def _save_probes(self, probes: Probes, layer: int) -> None:
+        write_file(
+            self._probe_file(layer),
+            [entry(str(i), states) for i, states in probes.states.items()],
+        )
+
+    def _restore(self, probes: Probes, layer: int) -> bool:
+        """Read the probes' states after block `layer`; False if they are not there."""
+        file = self._probe_file(layer)
+        if not file.exists():
+            return False
+        for name, info in read_header(file).items():
+            probes.states[int(name)] = read_tensor(info)
+        return True
+
+    def _measure(self, stream: Stream, probes: Probes) -> list[list[Measured]]:
+        if not probes.plans:
+            return []
+        self.progress.phase("measuring probes", len(probes.samples))
+        with open_tail(stream) as tail:
+            return probes.measure(tail, self.calibration.tokens, self.numbers, self.progress.step)
+
+    # ---- the header
+
+    def _header(
+        self, probes: Probes, measured: list[list[Measured]], seconds: float
+    ) -> dict[str, Any]:
+        job, calibration = self.job, self.calibration
+        names = [site.name for site in self.sites]
+        importance = None
+        if self.fisher is not None:
+            importance = {
+                "kind": self.analysis.importance,
+                "predictions": self.fisher.predictions.tolist(),
+            }
+        elif self.analysis.importance == "probes":
+            counts = [0] * len(self.labels)
+            for sample in probes.samples:
+                counts[self.numbers[sample]] += calibration.tokens.shape[1] - 1
+            importance = {"kind": "probes", "predictions": counts}
+        return {
+            "bitnest": __version__,
+            "model": job.checkpoint.path.resolve().name,
+            "source": {
+                "sha256": self.writer.fingerprint["source"],
+                "bytes": job.checkpoint.nbytes,
+                "parameters": sum(math.prod(t.shape) for t in job.checkpoint.tensors.values()),
+            },
+            "architecture": type(self.skeleton.model).__name__,
+            "labels": self.labels,
+            "data": [vars(report) for report in calibration.sources],
+            "samples": [
+                {"label": label, "length": calibration.tokens.shape[1]}
+                for label in calibration.labels
+            ],
+            "tokens": calibration.tokens.numel(),
+            "length": calibration.tokens.shape[1],
+            "formats": [fmt.name for fmt in self.analysis.formats],
+            "hessian": "full" if self.full else "diagonal",
+            "importance": importance,
+            "options": self.writer.fingerprint["options"],
+            "method": job.recipe.method if self.full else "rtn",
+            "min_tokens": job.recipe.min_tokens,
+            "probes": [
+                {
+                    "plan": [plan.get(name) for name in names],
+                    "measured": [vars(item) for item in found],
+                    "group": len(plan) < len(names),
+                }
+                for plan, found in zip(probes.plans, measured, strict=True)
+            ],
+            "drawn": None if self.drawn is None else self.drawn.to_json(),
+            "seed": job.recipe.seed,
+            "seconds": seconds,
+            "fingerprint": self.writer.fingerprint,
+        }
+
+
+def _middle(formats: Sequence[PackedFormat]) -> int:
+    """The format that groups are perturbed with: the second coarsest if there are three."""
+    order = sorted(range(len(formats)), key=lambda i: formats[i].bits)
+    return order[min(1, len(order) - 1)]
+
+
+def _fingerprint(job: Job, analysis: Analysis, source: str) -> dict[str, Any]:
+    import transformers
+
+    assert job.calibration is not None
+    return {
+        "source": source,
+        "calibration": job.calibration.sha256,
+        "labels": list(job.calibration.labels),
+        "options": {
+            **analysis.to_json(),
+            "method": job.recipe.method,
+            "damp": job.recipe.damp,
+            "weighting": job.recipe.weighting,
+            "min_tokens": job.recipe.min_tokens,
+            "clip": job.recipe.clip,
+        },
+        "seed": job.recipe.seed,
+        "memory": job.memory,
+        "device": job.device.type,
+        "compute": str(job.compute).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

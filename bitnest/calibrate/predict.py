@@ -1,0 +1,344 @@
+"""predict: the KL that a plan will cost, from statistics alone, with an error bar.
+
+A plan gives every site a candidate format. Its raw loss on dataset d is a sum of sites' losses,
+
+    s_kd = sum over sites of kind k of loss_d(site, format)
+
+to second order, with gradients and inputs independent and sites not interacting. What that leaves
+out is fitted to probes, whose KL was measured [ours]:
+
+    KL_d ~ sum_k a_k s_kd + b sqrt(sum_k s_kd)
+
+a_k corrects each kind (attention, expert ...). The square root is what choosing experts adds: the
+chance that the k-th and the (k+1)-th change places grows with the size of a perturbation, not with
+its square, and what a changed place costs does not depend on it. Dense models have no such term.
+Fitted by least squares of log KL, with a weak pull of the a_k towards each other (RIDGE), so that
+a few probes suffice.
+
+The error bar is the standard deviation of log(measured / predicted) when each probe is predicted
+by a fit to the others.
+
+Without gradients (importance `probes`) a site's loss is its output error, scaled so that
+the probe that perturbed only its layer and kind comes out as measured:
+
+    loss_d(site, format) = c_d * n * |dY|^2,  c_d = KL_d / sum over the group of n * |dY|^2
+
+with n the share of tokens that reach the site and |dY|^2 = tr(dW H dW^T).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from bitnest.errors import StatisticsError
+from bitnest.sites import Site
+from bitnest.statistics import Statistics
+
+RIDGE = 0.3  # weight of log a_k - mean log a, against residuals of log KL
+LEAST = 1e-12  # nats: below it a KL is rounding
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """KL of one plan. kl: label -> nats per token. low, high: one standard error each way, as
+    factors of kl. raw: label -> sum of losses before calibration."""
+
+    kl: dict[str, float]
+    raw: dict[str, float]
+    error: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over labels."""
+        return sum(self.kl.values()) / len(self.kl)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """`mean` less and more one standard error (of its logarithm)."""
+        return self.mean * math.exp(-self.error), self.mean * math.exp(self.error)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """KL_d ~ sum_k scale_k s_kd + flips * sqrt(sum_k s_kd).
+
+    scales: per kind. error: standard deviation of the left-out log ratios. probes: how many it was
+    fitted to; with none, scales are 1 and the error is unknown (infinite).
+    """
+
+    kinds: tuple[str, ...]
+    scales: tuple[float, ...]
+    flips: float
+    error: float
+    probes: int
+
+    def kl(self, sums: np.ndarray) -> np.ndarray:
+        """Predicted KL of raw sums (..., kinds)."""
+        return np.asarray(sums @ np.array(self.scales) + self.flips * np.sqrt(sums.sum(-1)))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One probe on one dataset: raw sums per kind, predicted by a fit to the other probes, and
+    measured."""
+
+    probe: int
+    label: str
+    bits: float
+    raw: np.ndarray
+    predicted: float
+    measured: float
+
+
+class Predictor:
+    """Predicts plans from statistics.
+
+    losses: (sites, F, L) float64, raw. fit: calibrated on the statistics' probes.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        """Read what is needed; no model is run.
+
+        Raises:
+            StatisticsError: measured without candidates or importance.
+        """
+        self.statistics = statistics
+        self.sites = statistics.sites
+        self.formats = statistics.formats
+        self.labels = statistics.labels
+        self._number = {site.name: i for i, site in enumerate(self.sites)}
+        self.kinds = tuple(dict.fromkeys(site.kind for site in self.sites))
+        self._kind = np.array([self.kinds.index(site.kind) for site in self.sites])
+        self._bits = candidate_bits(statistics)
+        self.losses = site_losses(statistics)
+
+    def predict(self, plan: Mapping[str, str]) -> Prediction:
+        """KL of the plan: site name -> format name; sites left out stay as they are.
+
+        Raises:
+            StatisticsError: a site or a format that was not measured.
+        """
+        choice = np.full(len(self.sites), -1)
+        for name, fmt in plan.items():
+            if name not in self._number:
+                raise StatisticsError(f"site '{name}' was not measured", hint="bitnest inspect")
+            if fmt not in self.formats:
+                raise StatisticsError(
+                    f"format '{fmt}' is no candidate of these statistics",
+                    where=str(self.statistics.path),
+                    hint="measured: " + ", ".join(self.formats),
+                )
+            choice[self._number[name]] = self.formats.index(fmt)
+        sums = self.sums(choice)
+        kl = self.fit.kl(sums)
+        covered = [d for d, label in enumerate(self.labels) if self.known[d]]
+        return Prediction(
+            {self.labels[d]: float(kl[d]) for d in covered},
+            {self.labels[d]: float(sums[d].sum()) for d in covered},
+            self.fit.error,
+        )
+
+    def sums(self, choice: np.ndarray) -> np.ndarray:
+        """Raw losses per label and kind, (L, K), of format numbers per site, (S,), -1 for none."""
+        chosen = choice >= 0
+        own = np.zeros((len(self.sites), len(self.labels)))
+        own[chosen] = self.losses[np.nonzero(chosen)[0], choice[chosen]]
+        totals = np.zeros((len(self.kinds), len(self.labels)))
+        np.add.at(totals, self._kind, own)
+        return totals.T
+
+    @cached_property
+    def fit(self) -> Fit:
+        """The calibration."""
+        return fit_points(self.kinds, *self._measured(), moe=self._moe)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Every probe on every dataset, predicted by the others."""
+        raw, measured, probes = self._measured()
+        predicted = left_out(self.kinds, raw, measured, probes, moe=self._moe)
+        bits = {i: self._mean_bits(i) for i in dict.fromkeys(probes)}
+        labels = [label for _, label, _, _ in self._rows]
+        return [
+            Point(probe, label, bits[probe], raw[i], float(predicted[i]), float(measured[i]))
+            for i, (probe, label) in enumerate(zip(probes, labels, strict=True))
+        ]
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, str, np.ndarray, float]]:
+        found = []
+        for i, probe in enumerate(self.statistics.header["probes"]):
+            if probe["group"]:
+                continue
+            sums = self.sums(_choice(probe["plan"]))
+            for item in probe["measured"]:
+                label = probe.get("labels", self.labels)[item["label"]]
+                if item["kl"] > LEAST:
+                    found.append((i, label, sums[self.labels.index(label)], item["kl"]))
+        return found
+
+    def _measured(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        rows = self._rows
+        raw = np.array([row[2] for row in rows]).reshape(-1, len(self.kinds))
+        return raw, np.array([row[3] for row in rows]), [row[0] for row in rows]
+
+    def _mean_bits(self, probe: int) -> float:
+        choice = _choice(self.statistics.header["probes"][probe]["plan"])
+        size = np.array([site.numel for site in self.sites], dtype=float)
+        return float((self._bits[choice] * size).sum() / size.sum())
+
+    @property
+    def _moe(self) -> bool:
+        return any(layer["experts"] for layer in self.statistics.layers)
+
+    @cached_property
+    def known(self) -> list[bool]:
+        """Labels whose importance was measured (`cover` is not)."""
+        importance = self.statistics.header["importance"]
+        return [count > 0 for count in importance["predictions"]]
+
+
+def site_losses(statistics: Statistics) -> np.ndarray:
+    """Raw predicted KL of every site in every format on every dataset, (S, F, L) float64.
+
+    Raises:
+        StatisticsError: measured without candidates or importance.
+    """
+    importance = statistics.header["importance"]
+    if importance is None or not statistics.formats:
+        raise StatisticsError(
+            "these statistics hold usage only: nothing to predict a loss from",
+            where=str(statistics.path),
+            hint="bitnest analyze without --importance none, with a --format or two",
+        )
+    if importance["kind"] == "probes":
+        return _losses_by_groups(statistics)
+    parts = [
+        statistics.read(layer["layer"], "sites.loss")
+        for layer in statistics.layers
+        if layer["sites"]
+    ]
+    return np.asarray(torch.cat(parts).double().numpy())
+
+
+def _losses_by_groups(statistics: Statistics) -> np.ndarray:
+    """By the probes that perturbed one layer and kind each."""
+    layers = [layer for layer in statistics.layers if layer["sites"]]
+    error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
+    output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers])
+    noise = (error * output[:, None]).numpy() * token_shares(statistics)[:, None]
+    losses = np.zeros((*noise.shape, len(statistics.labels)))
+    for probe in statistics.header["probes"]:
+        if not probe["group"]:
+            continue
+        choice = _choice(probe["plan"])
+        group = np.nonzero(choice >= 0)[0]
+        total = noise[group, choice[group]].sum()
+        for item in probe["measured"]:
+            if total > 0:
+                losses[group, :, item["label"]] = item["kl"] * noise[group] / total
+    return losses
+
+
+def token_shares(statistics: Statistics) -> np.ndarray:
+    """Share of all tokens that reach each site, (S,): 1 but for experts."""
+    shares = []
+    for layer in statistics.layers:
+        counts = {
+            item["name"]: statistics.read(layer["layer"], f"experts.{i}.up.tokens").sum(0)
+            for i, item in enumerate(layer["experts"])
+        }
+        for site in layer["sites"]:
+            seen = counts.get(site["module"])
+            tokens = (
+                1.0 if seen is None else int(seen[site["expert"]]) / statistics.header["tokens"]
+            )
+            shares.append(tokens)
+    return np.array(shares)
+
+
+def candidate_bits(statistics: Statistics) -> np.ndarray:
+    """Bits per weight of every candidate with its scales, on a typical matrix, (F,)."""
+    from bitnest.formats import parse_format
+
+    shape = _typical(statistics.sites)
+    return np.array([
+        8 * parse_format(name).nbytes(shape) / (shape[0] * shape[1]) for name in statistics.formats
+    ])  # fmt: skip
+
+
+def _typical(sites: Sequence[Site]) -> tuple[int, int]:
+    return max((site.shape for site in sites), key=lambda shape: shape[0] * shape[1])
+
+
+def _choice(plan: Sequence[int | None]) -> np.ndarray:
+    return np.array([-1 if number is None else number for number in plan])
+
+
+def fit_points(
+    kinds: Sequence[str],
+    raw: np.ndarray,
+    measured: np.ndarray,
+    probes: Sequence[int],
+    *,
+    moe: bool,
+) -> Fit:
+    """Fit to raw sums (n, K) and measured KL (n,); probes: which probe each row is of."""
+    if not len(measured):
+        return Fit(tuple(kinds), (1.0,) * len(kinds), 0.0, math.inf, 0)
+    scales, flips = _solve(raw, measured, moe)
+    others = left_out(kinds, raw, measured, probes, moe=moe)
+    error = float(np.sqrt(np.mean(np.log(measured / others) ** 2)))
+    return Fit(tuple(kinds), tuple(scales), flips, error, len(set(probes)))
+
+
+def left_out(
+    kinds: Sequence[str],
+    raw: np.ndarray,
+    measured: np.ndarray,
+    probes: Sequence[int],
+    *,
+    moe: bool,
+) -> np.ndarray:
+    """Every row's KL, predicted by a fit to the other probes, (n,)."""
+    number = np.array(probes)
+    predicted = np.zeros(len(measured))
+    for probe in set(probes):
+        own = number == probe
+        if own.all():
+            scales, flips = [1.0] * len(kinds), 0.0
+        else:
+            scales, flips = _solve(raw[~own], measured[~own], moe)
+        fit = Fit(tuple(kinds), tuple(scales), flips, 0.0, 0)
+        predicted[own] = fit.kl(raw[own])
+    return predicted
+
+
+def _solve(raw: np.ndarray, measured: np.ndarray, moe: bool) -> tuple[list[float], float]:
+    """Least squares of log KL over log a_k and log b, by scipy from a common scale."""
+    from scipy.optimize import least_squares
+
+    total = np.maximum(raw.sum(1), LEAST)
+    common = float(np.mean(np.log(measured / total)))
+    kinds = raw.shape[1]
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        fitted = raw @ np.exp(x[:kinds])
+        if moe:
+            fitted = fitted + np.exp(x[kinds]) * np.sqrt(total)
+        pull = RIDGE * (x[:kinds] - x[:kinds].mean())
+        return np.concatenate([np.log(np.maximum(fitted, LEAST) / measured), pull])
+
+    start = [common] * kinds + (
+        [common + 0.5 * float(np.log(np.median(total))) - 2.0] if moe else []
+    )
+    found = least_squares(residuals, start, bounds=(-30.0, 30.0))
+    return [float(v) for v in np.exp(found.x[:kinds])], float(
+        np.exp(found.x[kinds])
+    ) if moe else 0.0

@@ -1,0 +1,158 @@
+"""Probes: random plans whose KL is measured, so that predictions can be held against the truth.
+
+A probe is a choice of one candidate format for every site. All probes pass through the model
+together with the base, block by block: while a block's sites are solved in every format, each
+probe keeps the weights it chose (`Probes.offer`), then its own hidden states go through the block
+with them (`Probes.advance`). At the end KL(base || probe) is measured on the probes' windows, per
+dataset.
+
+How probes are drawn [ours]: a probe draws, for every kind of site, the coarsest format it allows,
+then shares of the remaining ones from a Dirichlet distribution (concentration DIRICHLET), then
+every site of the kind by these shares. So probes differ in size over the whole range, and attention
+can be fine where experts are coarse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bitnest.calibrate.collector import reference_experts
+from bitnest.calibrate.stream import Stream
+from bitnest.calibrate.tail import Tail
+from bitnest.formats import PackedFormat
+from bitnest.sites import Site, is_experts
+
+DIRICHLET = 0.5
+ROWS = 256  # predictions whose logits are compared at once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One probe on one dataset. kl: mean nats per prediction. error: its standard error, from the
+    spread of the windows' means; 0 for one window."""
+
+    label: int
+    kl: float
+    error: float
+
+
+def draw_plans(
+    sites: Sequence[Site], formats: Sequence[PackedFormat], count: int, seed: int
+) -> list[dict[str, int]]:
+    """`count` random plans: site name -> format number."""
+    random = np.random.default_rng(seed)
+    order = sorted(range(len(formats)), key=lambda i: formats[i].bits)
+    kinds = sorted({site.kind for site in sites})
+    plans = []
+    for _ in range(count):
+        allowed = {kind: order[int(random.integers(len(order))) :] for kind in kinds}
+        shares = {k: random.dirichlet([DIRICHLET] * len(v)) for k, v in allowed.items()}
+        plans.append({s.name: int(random.choice(allowed[s.kind], p=shares[s.kind])) for s in sites})
+    return plans
+
+
+def group_plans(sites: Sequence[Site], number: int) -> list[dict[str, int]]:
+    """One plan for every layer and kind: its sites in format `number`, all others untouched."""
+    groups: dict[tuple[int, str], dict[str, int]] = {}
+    for site in sites:
+        groups.setdefault((site.layer, site.kind), {})[site.name] = number
+    return list(groups.values())
+
+
+class Probes:
+    """Hidden states and, for the block at hand, weights of every probe.
+
+    states: number of a plan -> what its samples have become, from the first block it changes on.
+
+    plans: as `draw_plans` gives. samples: numbers of the stream's samples that are measured.
+    parameter: gives a site's model parameter.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        plans: Sequence[dict[str, int]],
+        samples: Sequence[int],
+        parameter: Callable[[Site], torch.Tensor],
+    ) -> None:
+        self.stream, self.plans, self.samples = stream, list(plans), list(samples)
+        self.parameter = parameter
+        self.states: dict[int, torch.Tensor] = {}
+        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in self.plans]
+
+    def offer(self, site: Site, number: int, weight: torch.Tensor) -> None:
+        """A site's weight in format `number`, (O, I), was computed."""
+        for plan, held in zip(self.plans, self._weights, strict=True):
+            if plan.get(site.name) == number:
+                if site.path not in held:
+                    parameter = self.parameter(site)
+                    held[site.path] = self.stream.allocate(tuple(parameter.shape)).copy_(parameter)
+                site.view(held[site.path]).copy_(weight)
+
+    def advance(self, layer: int) -> None:
+        """Send every probe through block `layer`, which holds its own weights before and after; the
+        stream's samples must not have passed it yet."""
+        for number, held in enumerate(self._weights):
+            if held or number in self.states:
+                if number not in self.states:
+                    self.states[number] = self.stream.hidden[self.samples].clone()
+                self._advance(layer, self.states[number], held)
+            held.clear()
+
+    def _advance(self, layer: int, states: torch.Tensor, held: dict[str, torch.Tensor]) -> None:
+        stream, block = self.stream, self.stream.skeleton.blocks[layer]
+        parameters = {path: stream.skeleton.model.get_parameter(path) for path in held}
+        own = {path: parameter.data for path, parameter in parameters.items()}
+        for path, parameter in parameters.items():
+            parameter.data = held[path].to(stream.device)
+        with torch.no_grad(), reference_experts(m for m in block.modules() if is_experts(m)):
+            for i in range(len(states)):
+                states[i : i + 1] = stream.forward(layer, states[i : i + 1].to(stream.device))
+        for path, parameter in parameters.items():
+            parameter.data = own[path]
+
+    def measure(
+        self,
+        tail: Tail,
+        tokens: torch.Tensor,
+        labels: Sequence[int],
+        step: Callable[[], None] = lambda: None,
+    ) -> list[list[Measured]]:
+        """KL of every probe on every dataset. tokens, labels: of all the stream's samples, which
+        must have passed through all blocks. step: called after every window."""
+        device = self.stream.device
+        values = torch.zeros(len(self.plans), len(self.samples), dtype=torch.float64)
+        with torch.no_grad():
+            for j, sample in enumerate(self.samples):
+                window = tokens[sample : sample + 1]
+                base = tail(window, self.stream.hidden[sample : sample + 1].to(device))[:-1]
+                base = base.log_softmax(1)
+                for i, states in self.states.items():
+                    other = tail(window, states[j : j + 1].to(device))[:-1]
+                    values[i, j] = mean_kl(base, other)
+                step()
+        own = torch.tensor([labels[sample] for sample in self.samples])
+        return [[_summary(int(d), row[own == d]) for d in own.unique()] for row in values]
+
+
+def mean_kl(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean over rows of KL(p || q) in nats. base: log p; other: logits of q; (rows, vocabulary).
+
+    sum p (log p - log q) loses digits when the two are close; sum p (r - log(1 + r)) of
+    r = q / p - 1 does not, and no term is negative.
+    """
+    total = 0.0
+    for start in range(0, len(base), ROWS):
+        p = base[start : start + ROWS]
+        d = other[start : start + ROWS].log_softmax(1) - p
+        total += float((p.exp() * (d.expm1() - d)).sum(dtype=torch.float64))
+    return total / len(base)
+
+
+def _summary(label: int, values: torch.Tensor) -> Measured:
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Measured(label, float(values.mean()), error)

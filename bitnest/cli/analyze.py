@@ -1,0 +1,255 @@
+"""bitnest analyze: what a person reads of it on the terminal; the rest is in the report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DOMAINS = 6  # experts named
+NAMED = 8  # starved experts named
+
+
+def command(
+    model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
+    out: Path = typer.Option(
+        None, "-o", "--out", help="Directory of statistics and report. [MODEL-statistics]"
+    ),
+    data: list[str] = typer.Option(
+        [],
+        "--data",
+        help="Text: [label[:weight]=]file, directory or hub:name; may be repeated. [embedded]",
+    ),
+    samples: int = typer.Option(64, "--samples", min=1, help="Windows in all."),
+    length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),
+    pack: str = typer.Option("join", "--pack", help="join, or documents: none is cut by a window."),
+    format: list[str] = typer.Option(
+        [], "--format", help="A candidate format; may be repeated. [int2-g128 to int8-g128]"
+    ),
+    method: str = typer.Option("gptq", "--method", help="How candidates are fitted: gptq or rtn."),
+    importance: str = typer.Option(
+        "kl", "--importance", help="kl or loss (gradients), probes (none needed), or none."
+    ),
+    fisher_windows: int = typer.Option(
+        8, "--fisher-windows", min=1, help="Windows per label that gradients are taken on."
+    ),
+    probes: int = typer.Option(
+        12, "--probes", min=0, help="Random mixed plans whose KL is measured, to calibrate on."
+    ),
+    probe_windows: int = typer.Option(
+        4, "--probe-windows", min=1, help="Windows per label that probes are measured on."
+    ),
+    hessian: str = typer.Option(
+        "auto", "--hessian", help="full, diagonal, or auto: diagonal only if memory asks for it."
+    ),
+    keep_hessians: bool = typer.Option(
+        False, "--keep-hessians", help="Store full Hessians too, per label."
+    ),
+    weighting: str = typer.Option(
+        "gate",
+        "--expert-weighting",
+        help="Token weights in an expert's Hessian: none, gate, gate2.",
+    ),
+    min_tokens: int = typer.Option(
+        None, "--min-tokens", min=1, help="Tokens every expert should see. [its input channels]"
+    ),
+    cover: str = typer.Option(
+        None,
+        "--cover",
+        help="Add windows until experts are covered: data (the same sources) or self (generated).",
+    ),
+    cover_limit: int = typer.Option(64, "--cover-limit", min=1, help="Windows --cover looks at."),
+    seed: int = typer.Option(0, "--seed", help="Choice of windows and probes."),
+    memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
+    device: str = Device,
+    compute: str = typer.Option("auto", "--compute", help="float32 or bfloat16."),
+    fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
+    trust_remote_code: bool = Remote,
+    json: bool = Json,
+    quiet: bool = Quiet,
+) -> None:
+    """Measure how every expert is used and how sensitive every site is: statistics and a report.
+
+    A killed run resumes when the same command is given again.
+    """
+    from bitnest.cli.render import Bars, say
+    from bitnest.cli.setup import prepare_process
+
+    prepare_process()
+    from bitnest import api
+
+    target = out or Path(f"{Path(model).name}-statistics")
+    if not data and not quiet:
+        say("analyzing on the embedded text; your own, by --data, says what you will see in use")
+    usage_only = importance == "none" and probes == 0
+    with Bars(quiet) as bars:
+        statistics = api.analyze(
+            model,
+            target,
+            data=data,
+            samples=samples,
+            length=length,
+            pack=pack,
+            formats=format or ([] if usage_only else api.CANDIDATES),
+            method=method,
+            importance=importance,
+            fisher_windows=fisher_windows,
+            probes=probes,
+            probe_windows=probe_windows,
+            hessian=hessian,
+            keep_hessians=keep_hessians,
+            weighting=weighting,
+            min_tokens=min_tokens,
+            cover=cover,
+            cover_limit=cover_limit,
+            seed=seed,
+            memory=parse_size(memory),
+            device=device,
+            compute=compute,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            progress=bars,
+        )
+    print_analysis(statistics.path, json)
+    if not quiet:
+        say(f"next: open {statistics.path / 'report.html'}")
+
+
+def print_analysis(path: Path, json: bool) -> None:
+    """What report.json in `path` says, as JSON or in short."""
+    import json as parser
+
+    from bitnest.cli.render import print_json
+
+    analysis = parser.loads((path / "report.json").read_text(encoding="utf-8"))
+    if json:
+        print_json({"path": str(path), **analysis})
+        return
+    from bitnest.cli.render import wide_console
+
+    tables = [table for table in (_data(analysis), _experts(analysis), _losses(analysis)) if table]
+    console = wide_console(*tables)
+    for table in tables:
+        console.print(table)
+        console.print()
+    for line in _sentences(analysis):
+        console.print(line, highlight=False)
+    console.print(f"statistics and report: {path} ({analysis['seconds']:.1f} s)", highlight=False)
+
+
+def _new_table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _data(analysis: dict[str, Any]) -> Table:
+    table = _new_table("data", "documents", "duplicates", "windows", "tokens", "available")
+    for item in analysis["data"]:
+        table.add_row(
+            item["label"],
+            *(f"{item[key]:,}" for key in ("documents", "duplicates", "samples", "tokens")),
+            f"{item['available']:,}",
+        )
+    return table
+
+
+def _experts(analysis: dict[str, Any]) -> Table | None:
+    if not analysis["layers"]:
+        return None
+    table = _new_table("layer", "experts", "used", "half of tokens in", "balance", "next layer")
+    for layer in analysis["layers"]:
+        labels = len(layer["share"])
+        share = sorted((sum(s) / labels for s in zip(*layer["share"], strict=True)), reverse=True)
+        used = sum(any(t) for t in zip(*layer["tokens"], strict=True))
+        entropy = layer["transition_entropy"]
+        table.add_row(
+            str(layer["layer"]),
+            str(layer["experts"]),
+            str(used),
+            str(_half(share)),
+            f"{sum(layer['balance']) / labels:.2f}",
+            "-" if entropy is None else f"{entropy:.2f} bits",
+        )
+    return table
+
+
+def _half(share: list[float]) -> int:
+    """How many of the most used experts take half."""
+    taken = 0.0
+    for count, value in enumerate(share, 1):
+        taken += value
+        if taken >= 0.5:
+            return count
+    return len(share)
+
+
+def _losses(analysis: dict[str, Any]) -> Table | None:
+    found = analysis["sensitivity"]
+    if found is None or not found["by_layer"]:
+        return None
+    kinds: dict[str, list[float]] = {}
+    for item in found["by_layer"]:
+        total = kinds.setdefault(item["kind"], [0.0] * len(item["loss"]))
+        kinds[item["kind"]] = [a + b for a, b in zip(total, item["loss"], strict=True)]
+    table = _new_table("loss alone", *(fmt["name"] for fmt in found["formats"]))
+    for kind, loss in kinds.items():
+        table.add_row(kind, *(f"{value:.1e}" for value in loss))
+    return table
+
+
+def _sentences(analysis: dict[str, Any]) -> list[str]:
+    lines = []
+    for item in analysis["domains"][:DOMAINS]:
+        most, least = item["label"], item["other"]
+        lines.append(
+            f"layer {item['layer']} expert {item['expert']}: {100 * item['share'][most]:.0f} % of "
+            f"{most}, {100 * item['share'][least]:.0f} % of {least} "
+            f"(bitnest eval {analysis['model']} --without {item['layer']}:{item['expert']})"
+        )
+    lines.extend(_coverage(analysis["coverage"]))
+    prediction = analysis["prediction"]
+    if prediction is not None:
+        lines.append(
+            f"predicted KL: one standard error is a factor of {math.exp(prediction['error']):.2f} "
+            f"(each of {prediction['probes']} probes predicted by the others)"
+        )
+    offloading = analysis["offloading"]
+    if offloading is not None and offloading["top_k"]:
+        lines.append(_caches(offloading))
+    return lines
+
+
+def _coverage(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    text = (
+        f"coverage: {found['covered']} of {found['experts']} experts saw {found['minimum']} tokens"
+    )
+    if found["drawn"]["windows"]:
+        text += f", with {found['drawn']['windows']} windows added for it"
+    worst = sorted(found["starved"], key=lambda item: item["tokens"])[:NAMED]
+    if worst:
+        names = ", ".join(f"{i['layer']}:{i['expert']} {i['tokens']}" for i in worst)
+        text += f"; fewest: {names}. Their Hessians lean on the layer's inputs (--cover data helps)"
+    return [text]
+
+
+def _caches(found: dict[str, Any]) -> str:
+    rates, size = found["hit_rates"], 2 * found["top_k"]
+    if size not in rates["sizes"]:
+        return f"offloading: fewer than {size} experts, nothing to cache"
+    at = rates["sizes"].index(size)
+    shares = ", ".join(f"{name} {100 * rates[key][at]:.0f} %" for name, key in
+                       (("LRU", "lru"), ("LFU", "lfu"), ("Belady", "belady")))  # fmt: skip
+    return f"offloading: a cache of {size} experts per layer hits {shares}"

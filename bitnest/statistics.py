@@ -1,0 +1,328 @@
+"""Statistics: what calibration measured, on disk, reopened by every later command.
+
+    statistics.json          the header: source, data, options, sites, layers, probes, checksums
+    block-00001.safetensors  per decoder block, sums with the dataset label as an axis
+
+    inputs.<i>.<moment>          of the i-th input of the block, (L, ...)
+    inputs.<i>.hessian           (L, I, I) sums of x x^T, if they were kept
+    experts.<i>.up|down.<moment> of what gate/up and down of each expert read, (L, E, ...)
+    experts.<i>.hessian.up|down  (L, E, I, I) sums of w x x^T with weights experts.<i>.weight
+    experts.<i>.norms|output|output2|weight|logits|logits2|margins     (L, ...)
+    experts.<i>.trace            (tokens, k) experts chosen, samples in order
+    fisher.<module or parameter> (L, ...) squared gradients per prediction (`calibrate/fisher.py`)
+    sites.error (S, F), sites.loss (S, F, L), sites.output (S,)        sensitivity of S sites
+    sites.peaks (S, 3), sites.energy (S,)                               of their weights
+    columns.<site>               (I,) norms of the weight's columns
+
+Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
+machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
+exceptions: absmax is a maximum, traces are joined, weights' own figures are the same in both, and
+what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, which is an
+approximation and said so in the header.
+
+Written as artifacts are (`workdir`): a killed run resumes, half a directory never looks whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnest.errors import StatisticsError
+from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
+from bitnest.sites import Site
+from bitnest.workdir import Workdir, in_the_way, is_empty, write_text
+
+VERSION = 1
+HEADER = "statistics.json"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A directory of statistics. header: as in statistics.json."""
+
+    path: Path
+    header: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Statistics:
+        """Read the header and check that every file it names is there and whole in size.
+
+        Raises:
+            StatisticsError: not a directory of statistics, damaged, or of another version.
+        """
+        path = Path(path)
+        header = _read_header(path)
+        for name, record in header["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != record["bytes"]:
+                raise StatisticsError(
+                    f"'{name}' is missing or has another size than the header says",
+                    where=str(path),
+                    hint="copy the directory again, or repeat bitnest analyze",
+                )
+        return cls(path, header)
+
+    @property
+    def labels(self) -> list[str]:
+        """Dataset labels, in the order of every label axis."""
+        return list(self.header["labels"])
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the candidate formats whose sensitivity was measured."""
+        return list(self.header["formats"])
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Every site, in the model's order."""
+        return [
+            Site(**{**item, "shape": tuple(item["shape"]), "rows": _pair(item["rows"])})
+            for layer in self.layers
+            for item in layer["sites"]
+        ]
+
+    def sites_of(self, layer: int) -> list[Site]:
+        """Sites of one block."""
+        return [site for site in self.sites if site.layer == layer]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Per block: inputs, experts, sites."""
+        return list(self.header["layers"])
+
+    def read(self, layer: int, name: str) -> torch.Tensor:
+        """One tensor of one block.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        return read_tensor(self._files[layer][name])
+
+    def has(self, layer: int, name: str) -> bool:
+        """Whether `read` would find it."""
+        return name in self._files[layer]
+
+    def names(self, layer: int) -> list[str]:
+        """Tensors of one block."""
+        return list(self._files[layer])
+
+    @cached_property
+    def _files(self) -> list[dict[str, TensorInfo]]:
+        return [read_header(self.path / layer["file"]) for layer in self.layers]
+
+
+class StatisticsWriter(Workdir):
+    """Writes statistics block by block."""
+
+    noun = "directory of statistics"
+
+    def write_block(
+        self, layer: int, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Store one block. record: its inputs, experts and sites."""
+        name = f"block-{layer + 1:05d}.safetensors"
+        entries: list[Entry] = [entry(key, value.contiguous()) for key, value in tensors.items()]
+        self.save_block(layer, {**record, "file": name}, {name: entries})
+
+    def finish(self, header: Mapping[str, Any]) -> Statistics:
+        """Write the header and give the directory its name."""
+        layers, files = [], {}
+        for layer in range(self.blocks):
+            content = self.saved_block(layer)
+            files.update(content.pop("files"))
+            layers.append(content)
+        whole = {"version": VERSION, **header, "layers": layers, "files": files}
+        write_text(self.work / HEADER, json.dumps(whole, indent=1) + "\n")
+        self.publish()
+        return Statistics.open(self.out)
+
+
+def finished_statistics(out: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
+    """The statistics already in `out` if they were made from exactly these inputs.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    if is_empty(out):
+        return None
+    if (out / HEADER).is_file():
+        found = Statistics.open(out)
+        if found.header.get("fingerprint") == fingerprint:
+            return found
+    raise in_the_way(out)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether the directory claims to hold statistics."""
+    return (path / HEADER).is_file()
+
+
+def merge(parts: Sequence[Statistics], out: Path) -> Statistics:
+    """Add up statistics of the same model, into the directory `out`.
+
+    Raises:
+        StatisticsError: of different models, options or candidate formats.
+        ArtifactError: something is in the way.
+    """
+    _check_alike(parts)
+    if not is_empty(out):
+        raise in_the_way(out)
+    labels = list(dict.fromkeys(label for part in parts for label in part.labels))
+    writer = StatisticsWriter(out, {"merge": [str(p.path) for p in parts]}, len(parts[0].layers))
+    try:
+        writer.begin(fresh=True)
+        for layer, record in enumerate(parts[0].layers):
+            names = dict.fromkeys(name for part in parts for name in part.names(layer))
+            merger = _Merger(parts, labels, layer)
+            tensors = {n: t for n in names if (t := merger.merged(n)) is not None}
+            kept = {k: v for k, v in record.items() if k not in {"file", "files"}}
+            writer.write_block(layer, kept, tensors)
+        return writer.finish(_merged_header(parts, labels))
+    finally:
+        writer.close()
+
+
+class _Merger:
+    """Tensors of one block, of several statistics whose labels may differ."""
+
+    def __init__(self, parts: Sequence[Statistics], labels: Sequence[str], layer: int) -> None:
+        self.parts, self.labels, self.layer = parts, labels, layer
+
+    def merged(self, name: str) -> torch.Tensor | None:
+        """None for what only some of the parts measured (Hessians, Fisher)."""
+        if not all(part.has(self.layer, name) for part in self.parts):
+            return None
+        tensors = [part.read(self.layer, name) for part in self.parts]
+        group = name.partition(".")[0]
+        if name.endswith(".trace"):
+            return torch.cat(tensors)
+        if group == "columns" or name in {"sites.peaks", "sites.energy"}:
+            return tensors[0]
+        if name in {"sites.error", "sites.output"}:
+            return _average(tensors, [part.header["tokens"] for part in self.parts])
+        if name == "sites.loss":
+            return self._by_predictions(tensors, 2)
+        if group == "fisher":
+            return self._by_predictions(tensors, 0)
+        spread = [self._spread(t, part, 0) for t, part in zip(tensors, self.parts, strict=True)]
+        stacked = torch.stack(spread)
+        return stacked.amax(0) if name.endswith(".absmax") else stacked.sum(0, dtype=stacked.dtype)
+
+    def _by_predictions(self, tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        """Per label the mean over the parts that have it, weighted by their predictions."""
+        total: torch.Tensor | None = None
+        weight = torch.zeros(len(self.labels), dtype=torch.float64)
+        for tensor, part in zip(tensors, self.parts, strict=True):
+            own = torch.tensor(part.header["importance"]["predictions"], dtype=torch.float64)
+            values = tensor.double().movedim(axis, -1) * own
+            spread = self._spread(values, part, values.dim() - 1)
+            total = spread if total is None else total + spread
+            weight += self._spread(own, part, 0)
+        assert total is not None
+        return (total / weight.clamp_min(1)).movedim(-1, axis).contiguous()
+
+    def _spread(self, tensor: torch.Tensor, part: Statistics, axis: int) -> torch.Tensor:
+        """With the label axis of all labels, zero where the part has none."""
+        shape = list(tensor.shape)
+        shape[axis] = len(self.labels)
+        places = torch.tensor([self.labels.index(label) for label in part.labels])
+        return torch.zeros(shape, dtype=tensor.dtype).index_copy_(axis, places, tensor)
+
+
+def _average(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    total = sum(t.double() * w for t, w in zip(tensors, weights, strict=True))
+    assert isinstance(total, torch.Tensor)
+    return (total / sum(weights)).to(tensors[0].dtype)
+
+
+def _merged_header(parts: Sequence[Statistics], labels: Sequence[str]) -> dict[str, Any]:
+    first = parts[0].header
+    importance = None
+    if all(part.header["importance"] is not None for part in parts):
+        predictions = [
+            sum(
+                part.header["importance"]["predictions"][part.labels.index(label)]
+                for part in parts
+                if label in part.labels
+            )
+            for label in labels
+        ]
+        importance = {**first["importance"], "predictions": predictions}
+    return {
+        **{k: v for k, v in first.items() if k not in {"version", "layers", "files"}},
+        "labels": list(labels),
+        "importance": importance,
+        "data": [item for part in parts for item in part.header["data"]],
+        "samples": [item for part in parts for item in part.header["samples"]],
+        "tokens": sum(part.header["tokens"] for part in parts),
+        "probes": [
+            {"labels": part.labels, **probe} for part in parts for probe in part.header["probes"]
+        ],
+        "seconds": sum(part.header["seconds"] for part in parts),
+        "merged": sum(part.header.get("merged", 1) for part in parts),
+        "approximate": ["sites.error", "sites.loss"],
+        "fingerprint": {"merged": [part.header["fingerprint"] for part in parts]},
+    }
+
+
+def _check_alike(parts: Sequence[Statistics]) -> None:
+    if len(parts) < 2:
+        raise StatisticsError("nothing to merge", hint="name two directories or more")
+    first = parts[0]
+    same: dict[str, Callable[[Statistics], Any]] = {
+        "models": lambda s: s.header["source"]["sha256"],
+        "candidate formats": lambda s: s.formats,
+        "options": lambda s: s.header["options"],
+    }
+    for part in parts[1:]:
+        for what, key in same.items():
+            if key(part) != key(first):
+                raise StatisticsError(
+                    f"statistics of different {what} cannot be added",
+                    where=f"{first.path} and {part.path}",
+                    hint="analyze the same model with the same options on each part of the data",
+                )
+    paths = [part.path.resolve() for part in parts]
+    if len(set(paths)) < len(paths):
+        raise StatisticsError(
+            "the same statistics are named twice",
+            where=str(next(p for p in paths if paths.count(p) > 1)),
+            hint="they would count double: leave one out",
+        )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    file = path / HEADER
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+        version = header["version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StatisticsError(
+            f"no statistics here: no {HEADER}",
+            where=str(path),
+            hint="bitnest analyze MODEL -o OUT makes them",
+        ) from error
+    except OSError as error:
+        raise StatisticsError(f"cannot read: {error.strerror}", where=str(file)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StatisticsError(
+            "the header is damaged", where=str(file), hint="repeat bitnest analyze"
+        ) from error
+    if version != VERSION:
+        raise StatisticsError(
+            f"statistics of version {version}, this bitnest reads {VERSION}",
+            where=str(file),
+            hint="analyze the model again",
+        )
+    return header
+
+
+def _pair(rows: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if rows is None else (rows[0], rows[1])
