@@ -249,7 +249,7 @@ def make(
         ],
         "layers": layers, "domains": _domains(layers, labels),
         "rankings": _rankings(random, layers),
-        "tiers": {"centres": [0.21, 0.094, 0.051, 0.018], "bits": [8, 6, 4, 2], "counts": counts},
+        "tiers": {"centres": [5.7, 3.6, 1.4, 0.15], "bits": [8, 6, 4, 2], "counts": counts},
         "dynamic_channels": {"share": 0.01, "count": blocks * experts * 8, "list": [
             {"layer": random.randrange(blocks), "expert": random.randrange(experts),
              "projection": random.choice(["up", "gate", "down"]),

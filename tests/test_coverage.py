@@ -157,6 +157,12 @@ def test_later_round_replaces_poor_windows_of_an_early_one() -> None:
     assert found.tokens[:, 0].tolist() == [4]
 
 
+def test_window_that_brings_less_than_it_is_worth_is_not_kept() -> None:
+    found = draw([[7, 1], [3, 2], [0, 2]], [0, 0], 10, worth=3, first=3)
+    assert found.tokens[:, 0].tolist() == [0, 1]  # 8, then 3 + 2, then 2
+    assert found.still_starved == (("e", 1, 3),)
+
+
 def test_dead_expert_does_not_use_up_the_pool() -> None:
     found = draw([[5, 0]] * 200, [0, 0], 5, first=2)
     assert found.windows_tried < 20

@@ -68,6 +68,18 @@ def made_up_fisher(site: Site) -> torch.Tensor:
     return torch.rand(len(NAMES), site.shape[0], generator=generator, dtype=torch.float64)
 
 
+class MadeUp:
+    """A Fisher of given rows; per_token: of every experts' parameter (L,), None for no prior."""
+
+    def __init__(
+        self, of: Callable[[Site], torch.Tensor | None], per_token: torch.Tensor | None = None
+    ) -> None:
+        self.of, self._per_token = of, per_token
+
+    def per_token(self, _path: str, _top_k: int) -> torch.Tensor | None:
+        return self._per_token
+
+
 def run(
     path: Path,
     formats: Sequence[str],
@@ -77,6 +89,7 @@ def run(
     lean: bool = True,
     chunk: int = 3,
     fisher: Callable[[Site], torch.Tensor | None] = made_up_fisher,
+    prior: torch.Tensor | None = None,
     plans: Sequence[dict[str, int]] = (),
     replace: Callable[[Site, int, torch.Tensor], torch.Tensor] = lambda _s, _n, w: w,
 ) -> Run:
@@ -100,7 +113,7 @@ def run(
         probes.offer(site, number, replace(site, number, weight))
 
     candidates = [parse_format(name) for name in formats]
-    sensitivity = Sensitivity(candidates, options, fisher, parameter, sink)
+    sensitivity = Sensitivity(candidates, options, MadeUp(fisher, prior), parameter, sink)
     widths = [site.shape[1] for site in result.sites if site.expert is not None]
     sample = sample_rows(stream.tokens, widths, options.min_tokens) if lean else None
     for layer, block in enumerate(own.blocks):
@@ -227,6 +240,16 @@ def test_a_starved_expert_leans_on_its_layer_for_fitting_but_not_for_its_loss(
     check(path, run(path, PLAIN, options), PLAIN, options, True)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_every_expert_loses_what_one_more_token_would(full: bool, root: Path) -> None:
+    path, prior = brute.checkpoint(root, "qwen3_moe"), torch.tensor([0.5, 2.0, 0.0])
+    without, with_ = (run(path, PLAIN, full=full, prior=p) for p in (None, prior))
+    for site in with_.sites:
+        a, b = without.scored[site.name], with_.scored[site.name]
+        more = 0.5 * prior * (a.error * a.output)[:, None] if site.expert is not None else 0.0
+        assert torch.allclose(b.loss, a.loss + more, rtol=1e-5)  # type: ignore[operator,arg-type]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_is_solved_once_in_every_format(family: str, root: Path) -> None:
     result = run(brute.checkpoint(root, family), PLAIN + LONE)
@@ -342,7 +365,7 @@ def test_a_layer_that_no_sample_reached_is_scored_with_all_channels_alike(root: 
     observer = Observer(own.blocks[0], f"{own.prefix}.0", labels=3, full=True)
     weights: list[torch.Tensor] = []
     sensitivity = Sensitivity(
-        [parse_format(name) for name in PLAIN], Options(), lambda _: None, lambda _: w,
+        [parse_format(name) for name in PLAIN], Options(), None, lambda _: w,
         lambda _s, _n, decoded: weights.append(decoded),
     )  # fmt: skip
     (item,) = sensitivity.linears([site], observer)

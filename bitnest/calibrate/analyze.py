@@ -232,7 +232,7 @@ class _Run:
         sites = [site for site in self.sites if site.layer == layer]
         observer = self._observer(block, prefix, sites, stream.tokens)
         sensitivity = Sensitivity(
-            self.analysis.formats, self.options, self._fisher_of, self._parameter, probes.offer
+            self.analysis.formats, self.options, self.fisher, self._parameter, probes.offer
         )
         scored: dict[str, Scored] = {}
         with observer:
@@ -293,7 +293,7 @@ class _Run:
             yield from sensitivity.linears(linears, observer)
         for name, sums in observer.fused.items():
             own = [site for site in sites if site.module == name]
-            rows = torch.cat(observer.rows[name]) if self.full else None
+            rows = torch.cat(observer.rows[name])
             numbers = [e for e in chosen if any(s.expert == e for s in own)]
             chunk = self.budget.expert_chunk(own)
             for start in range(0, len(numbers), chunk):
@@ -328,11 +328,6 @@ class _Run:
 
     def _parameter(self, site: Site) -> torch.Tensor:
         return self.skeleton.model.get_parameter(site.path).data
-
-    def _fisher_of(self, site: Site) -> torch.Tensor | None:
-        if self.fisher is None:
-            return None
-        return self.fisher.of(site)
 
     def _fisher_rows(self, prefix: str) -> dict[str, torch.Tensor]:
         rows = self.fisher.rows if self.fisher is not None else {}

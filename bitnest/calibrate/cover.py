@@ -28,6 +28,7 @@ from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget
 
 WAYS = ("data", "self")
+WORTH = 8  # missing tokens a window has to bring, else nearly dead experts pull in hundreds
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def cover(
     counts = {name: found.sum(0) for name, found in route(calibration.tokens).items()}
     if way == "data":
         pool = candidate_windows(tokenizer, sources, calibration, limit=limit, seed=seed)
-        found = draw_until_covered(route, pool, counts, minimum, progress=progress)
+        found = draw_until_covered(
+            route, pool, counts, minimum, worth=WORTH, progress=progress
+        )
         drawn = Drawn(way, len(found.tokens), found.rounds, found.windows_tried,
                       len(found.still_starved))  # fmt: skip
         return _with(calibration, found.tokens), drawn

@@ -8,8 +8,9 @@ brings most of what is missing:
 the greedy rule for submodular cover (Wolsey, 1982: at most 1 + ln(largest gain) times the fewest
 windows). Applied to experts it is ours. Windows are counted in doubling rounds, and every round
 chooses anew among all windows counted so far, so that a poor one is not kept for having come early.
-It stops when every expert is covered, when PATIENCE rounds in a row brought nothing to those that
-are still starved, or at the end of the pool.
+A nearly dead expert gains a token or two per window; `worth` says what a window must bring at
+least. It stops when every expert is covered, when PATIENCE rounds in a row brought nothing to those
+that are still starved, or at the end of the pool.
 
 Left out: text written by the model itself (`ebss`; its windows can be such a pool too), and
 dropping a chosen window that later ones make superfluous.
@@ -121,6 +122,7 @@ def draw_until_covered(
     counts: Counts,
     minimum: Mapping[str, int],
     *,
+    worth: int = 1,
     first: int = FIRST_ROUND,
     progress: Progress | None = None,
 ) -> Covered:
@@ -128,13 +130,14 @@ def draw_until_covered(
 
     route: tokens (n, length) -> experts module name -> (n, E): `routed_tokens` of a new Stream over
     them. counts: (E,) of the windows already drawn. minimum: tokens per expert, by module name.
-    first: windows in the first round; with each round twice as many are known.
+    worth: missing tokens a window must bring to be kept. first: windows in the first round; with
+    each round twice as many are known.
 
     Raises:
-        RecipeError: a minimum below 1, or `first` below 1.
+        RecipeError: a minimum, `worth` or `first` below 1.
         DataError: the counts and minima are not of the same modules, or there are none.
     """
-    _check(counts, minimum, first)
+    _check(counts, minimum, min(worth, first))
     progress = progress or Silent()
     names = sorted(counts)
     have = torch.cat([counts[name].long() for name in names])
@@ -152,7 +155,7 @@ def draw_until_covered(
         progress.step(len(part), f"{int((left > 0).sum())} experts starved")
         idle = 0 if new[:, left > 0].any() else idle + 1
         if not idle:
-            chosen, left = _greedy(known, missing)
+            chosen, left = _greedy(known, missing, worth)
     have = have + known[chosen].sum(0)
     total = dict(zip(names, have.split([len(counts[name]) for name in names]), strict=True))
     starved = tuple(
@@ -165,16 +168,18 @@ def draw_until_covered(
     return Covered(pool.tokens[chosen], labels, rounds, len(known), total, starved)
 
 
-def _check(counts: Counts, minimum: Mapping[str, int], first: int) -> None:
+def _check(counts: Counts, minimum: Mapping[str, int], least: int) -> None:
     if not counts:
         raise DataError("no experts were counted", hint="count the windows drawn so far first")
     if missing := sorted(set(counts) ^ set(minimum)):
         raise DataError("counts and minima are of different experts", where=", ".join(missing))
-    if min(minimum.values()) < 1 or first < 1:
-        raise RecipeError("coverage needs a minimum and a first round of at least 1")
+    if min(minimum.values()) < 1 or least < 1:
+        raise RecipeError("coverage needs minima, a worth and a first round of at least 1")
 
 
-def _greedy(known: torch.Tensor, missing: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+def _greedy(
+    known: torch.Tensor, missing: torch.Tensor, worth: int
+) -> tuple[list[int], torch.Tensor]:
     """Rows of known (n, experts) in order of choice, and what is missing after them."""
     starved = missing > 0
     table, left = known[:, starved], missing[starved].clone()
@@ -182,7 +187,7 @@ def _greedy(known: torch.Tensor, missing: torch.Tensor) -> tuple[list[int], torc
     while left.any():
         gains = table.minimum(left).sum(1)
         best = int(gains.argmax())
-        if not gains[best]:
+        if gains[best] < worth:
             break
         chosen.append(best)
         left = (left - table[best]).clamp_min_(0)

@@ -64,6 +64,14 @@ class Fisher:
             rows = rows[:, site.expert or 0]
         return rows if site.rows is None else rows[:, site.rows[0] : site.rows[1]]
 
+    def per_token(self, path: str, top_k: int) -> torch.Tensor | None:
+        """Of experts' parameter `path`: what f of one row would be if one token came, averaged over
+        the layer's tokens and rows, (L,)."""
+        rows = self.rows.get(path)
+        if rows is None or rows.dim() != 3:
+            return None
+        return rows.sum(1).mean(1) / (top_k * self.predictions.clamp_min(1))
+
 
 def measure_fisher(
     stream: Stream,

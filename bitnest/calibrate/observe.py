@@ -111,7 +111,7 @@ class Observer:
         self.experts = experts
         self.first_pass = True
         self._modules = list(block.named_modules(prefix=prefix))
-        self._labels, self._full, self._weighting = labels, full, weighting
+        self.labels, self._full, self._weighting = labels, full, weighting
         self._sample = sample
         self._leaders: dict[str, str] = {}
         self._alive: dict[tuple[int, int, int], tuple[str, torch.Tensor]] = {}
@@ -171,8 +171,8 @@ class Observer:
             add_moment(own.hessian[self._label], rows)
 
     def _new_input(self, name: str, width: int, device: torch.device) -> Input:
-        hessian = torch.zeros(self._labels, width, width, device=device) if self._full else None
-        return Input([name], Moments.zeros((self._labels,), width), hessian)
+        hessian = torch.zeros(self.labels, width, width, device=device) if self._full else None
+        return Input([name], Moments.zeros((self.labels,), width), hessian)
 
     def _router(self, name: str, module: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of the matrix beside the experts with one row for each."""
@@ -211,7 +211,7 @@ class Observer:
     def _new_sums(self, module: Any, hidden: torch.Tensor, top_k: int, router: bool) -> ExpertSums:
         count, width = int(module.num_experts), hidden.shape[-1]
         inner = dense_weights(module)(0, "down_proj").shape[1]
-        lead = (self._labels, count)
+        lead = (self.labels, count)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
@@ -227,7 +227,7 @@ class Observer:
             weight=zeros(*lead),
             logits=zeros(*lead) if router else None,
             logits2=zeros(*lead) if router else None,
-            margins=torch.zeros(self._labels, MARGIN_BINS, dtype=torch.int64) if router else None,
+            margins=torch.zeros(self.labels, MARGIN_BINS, dtype=torch.int64) if router else None,
         )
 
     def _logits(
@@ -273,7 +273,7 @@ class Observer:
     ) -> None:
         if expert not in sums.hessians:
             up, down = (
-                torch.zeros(self._labels, t.shape[1], t.shape[1], device=t.device)
+                torch.zeros(self.labels, t.shape[1], t.shape[1], device=t.device)
                 for t in (x, inner)
             )
             sums.hessians[expert] = (up, down)

@@ -9,8 +9,14 @@ dW is what compress would leave: GPTQ or round-to-nearest with the same solver, 
 the uncompressed model. An expert's H leans on its layer's inputs where tokens are few, as in
 `quantize/block.py`; what the loss is measured with does not.
 
-A dataset whose Fisher sample never reached an expert says nothing of it: its rows get the layer's
-mean per token as if PRIOR_TOKENS tokens had come, so that no expert in use is worth nothing.
+A Fisher sample that never reached an expert says nothing of it, yet in use it may be reached. So
+every expert's loss has that of PRIOR_TOKENS more tokens added [ours], which mind an error as much
+as the layer's tokens do on average and read what the solver's H says:
+
+    + 1/2 PRIOR_TOKENS / (k N_d) * (mean over rows r of sum_e f_der) * tr(dW H dW^T)
+
+N_d predictions, k experts per token. Against an expert in use that is nothing, and it keeps any
+other from looking free.
 
 With diagonal Hessians the same sums are taken over diag(H), and weights are rounded to nearest.
 """
@@ -18,18 +24,21 @@ With diagonal Hessians the same sums are taken over diag(H), and weights are rou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bitnest.calibrate.collector import add_moment, dense_weights, symmetric
+from bitnest.calibrate.fisher import Fisher
 from bitnest.calibrate.observe import ExpertSums, Observer
 from bitnest.formats import PackedFormat
 from bitnest.kernels.experts import down_input, up_name
 from bitnest.quantize.block import LAYER_SAMPLE, SLICE, stackable
 from bitnest.quantize.solve import Options, needs_statistics, solve
 from bitnest.sites import Site
+
+PRIOR_TOKENS = 1.0
 
 Sink = Callable[[Site, int, torch.Tensor], None]
 """(site, format number, decoded weight (O, I)): called for every candidate that was solved."""
@@ -52,26 +61,27 @@ class Inputs:
     """What a batch of B matrices with I columns reads.
 
     solver: (B, I, I) means over all datasets, or (B, I) their diagonals. labels: (L, B, I, I) or
-    (L, B, I), means of each dataset. fisher: per matrix (L, O), or None. tokens: (B,).
+    (L, B, I), means of each dataset. tokens: (B,). prior: f of tokens that might have come (L,).
     """
 
     solver: torch.Tensor
     labels: torch.Tensor
     tokens: Sequence[int]
+    prior: torch.Tensor | None = None
 
 
 class Sensitivity:
     """Scores the sites of one block after another.
 
-    fisher: gives f of a site, (L, O), or None. parameter: gives a site's model parameter. sink:
-    see `Sink`.
+    fisher: what was measured, None without importance. parameter: gives a site's model parameter.
+    sink: see `Sink`.
     """
 
     def __init__(
         self,
         formats: Sequence[PackedFormat],
         options: Options,
-        fisher: Callable[[Site], torch.Tensor | None],
+        fisher: Fisher | None,
         parameter: Callable[[Site], torch.Tensor],
         sink: Sink,
     ) -> None:
@@ -88,7 +98,7 @@ class Sensitivity:
         for batch in batches.values():
             seen = readers.get(batch[0].module)
             if seen is None:
-                yield from self._never_read(batch)
+                yield from self._never_read(batch, observer.labels)
                 continue
             tokens = seen.moments.tokens
             if seen.hessian is None:
@@ -114,6 +124,9 @@ class Sensitivity:
             down = param == "down_proj"
             columns = [[s for s in sites if s.expert == e and s.param == param] for e in numbers]
             inputs = self._expert_inputs(sums, layer, numbers, down)
+            if self.fisher is not None:
+                prior = self.fisher.per_token(columns[0][0].path, sums.top_k)
+                inputs = replace(inputs, prior=None if prior is None else PRIOR_TOKENS * prior)
             for part in self._alike(columns):
                 yield from self._score(part, inputs)
 
@@ -134,6 +147,8 @@ class Sensitivity:
         if not sums.full:
             labels = moments.mean_square()[:, list(numbers)].float()
             pooled = moments.pooled().mean_square()[list(numbers)].float()
+            for i, expert in enumerate(numbers):
+                layer.lean(pooled[i], counts[i], expert, down)
             return Inputs(pooled, labels, counts)
         width, device = moments.width, layer.weights(0, "down_proj").device
         totals = torch.stack([
@@ -159,12 +174,14 @@ class Sensitivity:
         for i, fmt in enumerate(self.formats):
             solved = self._solve(weight, solver, fmt)
             miss = weight - solved
-            errors[:, :, i] = _row_errors(miss, solver).double().cpu()
+            errors[:, :, i] = _row_errors(miss, solver).double().cpu().clamp_min(0)
             for d in range(labels):
                 rows = _row_errors(miss, inputs.labels[d].to(miss.device)).double().cpu()
                 for b, f in enumerate(fishers):
                     if f is not None:
                         losses[b, :, i, d] = 0.5 * f[d] * rows[b].clamp_min(0)
+                if inputs.prior is not None:
+                    losses[:, :, i, d] += 0.5 * inputs.prior[d] * errors[:, :, i]
             self._offer(columns, i, solved)
         for b, column in enumerate(columns):
             start = 0
@@ -174,7 +191,7 @@ class Sensitivity:
                 base = float(energy[b, own].double().sum())
                 error = errors[b, own].sum(0) / base if base > 0 else torch.zeros(count)
                 loss = None if fishers[b] is None else losses[b, own].sum(0)
-                yield Scored(site, error.clamp_min(0), loss, base, inputs.tokens[b])
+                yield Scored(site, error, loss, base, inputs.tokens[b])
 
     def _solve(
         self, weight: torch.Tensor, hessian: torch.Tensor, fmt: PackedFormat
@@ -191,15 +208,17 @@ class Sensitivity:
                 self.sink(site, number, solved[b, start : start + site.shape[0]])
                 start += site.shape[0]
 
-    def _never_read(self, sites: list[Site]) -> Iterator[Scored]:
-        """Sites no sample reached: all channels alike, and no loss that could be known."""
+    def _never_read(self, sites: list[Site], labels: int) -> Iterator[Scored]:
+        """Sites no sample reached: all channels alike for the solver, and no loss that is known."""
         for site in sites:
-            ones = torch.ones(1, site.shape[1])
-            inputs = Inputs(torch.diag_embed(ones), torch.diag_embed(ones)[None], [0])
+            width = site.shape[1]
+            inputs = Inputs(torch.eye(width)[None], torch.zeros(labels, 1, width), [0])
             yield from self._score([[site]], inputs)
 
     def _fisher(self, column: list[Site]) -> torch.Tensor | None:
-        parts = [self.fisher(site) for site in column]
+        if self.fisher is None:
+            return None
+        parts = [self.fisher.of(site) for site in column]
         known = [part for part in parts if part is not None]
         return torch.cat(known, dim=1) if len(known) == len(parts) else None
 
@@ -220,12 +239,14 @@ class LayerInputs:
         self._shared: torch.Tensor | None = None
 
     def lean(self, own: torch.Tensor, count: int, expert: int, down: bool) -> None:
-        """own <- (1 - l) own + l H_all, l = max(0, 1 - count / minimum), in place."""
+        """own <- (1 - l) own + l H_all, l = max(0, 1 - count / minimum), in place; own may be the
+        diagonal (I,) of H (I, I)."""
         minimum = self.options.min_tokens or own.shape[0]
         share = 1.0 - count / minimum
         if share <= 0 or self.rows is None or not len(self.rows):
             return
-        own.mul_(1 - share).add_(self._moment(expert, down, own.device), alpha=share)
+        layer = self._moment(expert, down, own.device)
+        own.mul_(1 - share).add_(layer.diagonal() if own.dim() == 1 else layer, alpha=share)
 
     def _moment(self, expert: int, down: bool, device: torch.device) -> torch.Tensor:
         if not down and self._shared is not None:

@@ -237,11 +237,15 @@ def _predicts(analysis: Analysis) -> Said:
         return None, ""
     agreement, _ = prediction_quality(points)
     factor = math.exp(found["error"])
-    card = (f"{TIMES}{factor:.2f}", "error of a predicted KL", f"one sigma, {len(points):,} probes")
+    card = (
+        f"{TIMES}{factor:.2f}",
+        "error of a predicted KL",
+        f"one sigma, {found['probes']} probes",
+    )
     order = f" They rank with a correlation of {agreement:.3f}." if agreement is not None else ""
     return card, (
         f"A predicted KL is within a factor of {factor:.2f} of the measured one (one standard "
-        f"deviation, {len(points):,} probes).{order}"
+        f"deviation, {found['probes']} probes, {len(points):,} points).{order}"
     )
 
 

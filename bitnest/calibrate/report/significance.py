@@ -88,11 +88,11 @@ def _tier_bars(tiers: Analysis) -> Markup:
     names = [f"tier {i} · {bits} bit" for i, bits in enumerate(tiers["bits"])]
     total = sum(tiers["counts"]) or 1
     bits = sum(b * c for b, c in zip(tiers["bits"], tiers["counts"], strict=True)) / total
-    centres = ", ".join(percent(c, 2) for c in tiers["centres"])
+    centres = ", ".join(short(c) for c in tiers["centres"])
     return figure(
         "Experts per tier",
         bars(names, tiers["counts"], "Experts per tier", colours=TIER_CLASSES, text=whole),
-        note=f"Mean width {short(bits)} bits per expert. Centres, as significance: {centres}.",
+        note=f"Mean width {short(bits)} bits per expert. Centres, in even shares: {centres}.",
     )
 
 
