@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.artifact import Artifact, SiteRecord, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
-from bitnest.errors import ArtifactError, CheckpointError, RecipeError
+from bitnest.errors import ArtifactError, CheckpointError, DataError, RecipeError
 from bitnest.formats import parse_format
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import Recipe, Rule, default_format
+from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
     from bitnest.calibrate.data import CalibrationSet, DataSource
@@ -60,7 +61,7 @@ class CompressResult:
     or stayed dense. nbytes: of all weights. source_bytes: of the checkpoint. bits: average code
     width over the quantised weights. bits_per_weight: the same with scales and zero points.
     starved: experts whose Hessian leaned on the layer's inputs. calibrated: whether text was read.
-    seconds: wall time.
+    seconds: wall time. predicted: what statistics said beforehand, see `calibrate.expect.Expected`.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class CompressResult:
     experts: int
     calibrated: bool
     seconds: float
+    predicted: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -104,6 +106,7 @@ def compress(
     memory: int | None = None,
     device: str | None = None,
     compute: str = "auto",
+    statistics: str | Path | None = None,
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -115,12 +118,19 @@ def compress(
     reads no text unless a format is fitted to inputs. samples, length: calibration windows and
     their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
     memory: bytes the process may use. compute: type samples are calibrated in, see
-    `quantize.compress.prepare`. fresh: forget an unfinished run instead of resuming it.
+    `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model: says
+    beforehand what KL to expect. fresh: forget an unfinished run instead of resuming it.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
     """
-    from bitnest.quantize.compress import prepare, run, wants_calibration, with_calibration
+    from bitnest.quantize.compress import (
+        prepare,
+        run,
+        wants_calibration,
+        with_calibration,
+        with_expectation,
+    )
 
     recipe = Recipe(
         format=default_format(bits, format, group),
@@ -141,6 +151,10 @@ def compress(
         memory=memory,
         compute=compute,
     )
+    if statistics is not None:
+        from bitnest.calibrate.expect import expect
+
+        job = with_expectation(job, expect(statistics, job.formats, method))
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     if wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
@@ -184,6 +198,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         experts=len(experts),
         calibrated=artifact.manifest.get("calibration") is not None,
         seconds=seconds,
+        predicted=artifact.manifest.get("predicted"),
     )
 
 
@@ -297,6 +312,7 @@ def analyze(
     clip: bool = True,
     cover: str | None = None,
     cover_limit: int = 64,
+    reuse: str | Path | None = None,
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
@@ -310,8 +326,10 @@ def analyze(
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`. importance, fisher_windows, probes,
     probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`. cover: `data` or `self`
-    adds up to cover_limit windows until every expert has min_tokens. The rest as in `compress`.
-    Besides the statistics, report.json and report.html are written.
+    adds up to cover_limit windows until every expert has min_tokens. reuse: a directory of
+    statistics with Hessians to which only `formats` are added, without running the model; options
+    of the measurement are then its own. The rest as in `compress`. Besides the statistics,
+    report.json and report.html are written.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -339,6 +357,16 @@ def analyze(
         memory=memory,
         compute=compute,
     )
+    target = Path(out).absolute()
+    if reuse is not None:
+        from bitnest.calibrate.extend import extend as add
+        from bitnest.statistics import Statistics
+
+        statistics = add(job, Statistics.open(reuse), candidates, target, fresh=fresh,
+                         progress=progress or Silent())  # fmt: skip
+        write_report(target)
+        return statistics
+    _check_windows(data, length)
     _check_length(job.skeleton.model.config, length)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     calibration = _calibration(tokenizer, data, samples, length, seed, pack=pack)
@@ -356,7 +384,6 @@ def analyze(
             progress=progress or Silent(),
         )
     job = with_calibration(job, calibration)
-    target = Path(out).absolute()
     statistics = run(job, analysis, target, drawn=drawn, fresh=fresh, progress=progress)
     write_report(target)
     return statistics
@@ -420,19 +447,23 @@ def inspect(
 ) -> dict[str, Any]:
     """What is in `model`: every site with shape, kind and format, and the rest by name.
 
-    Works on checkpoints and artifacts without loading weights. verify: read every file of an
-    artifact and compare its sha256 with the manifest.
+    Works on checkpoints, artifacts and statistics without loading weights. verify: read every file
+    of an artifact or of statistics and compare its sha256 with the manifest.
 
     Raises:
         BitnestError: the directory cannot be read or the family cannot be handled.
     """
     path = resolve_model(model)
+    if is_statistics(path):
+        return _inspect_statistics(path, verify)
     if is_artifact(path):
         artifact = Artifact.open(path)
         sites = [record.to_json() for record in artifact.records]
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
+        if "predicted" in artifact.manifest:
+            kept["predicted"] = artifact.manifest["predicted"]
         content = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
         if verify:
             artifact.verify()
@@ -462,6 +493,40 @@ def inspect(
         "other_tensors": sorted(set(checkpoint.tensors) - covered),
         "unused_tensors": skeleton.leftover,
     }
+
+
+def _inspect_statistics(path: Path, verify: bool) -> dict[str, Any]:
+    from bitnest.statistics import Statistics
+
+    statistics = Statistics.open(path)
+    kept = ("architecture", "model", "source", "labels", "data", "length", "formats", "hessian",
+            "importance", "merged", "seconds")  # fmt: skip
+    content = {
+        "path": str(path),
+        "kind": "statistics",
+        **{key: statistics.header[key] for key in kept if key in statistics.header},
+        "probes": len(statistics.header["probes"]),
+        "sites": [vars(site) for site in statistics.sites],
+    }
+    if verify:
+        statistics.verify()
+        content["verified"] = len(statistics.header["files"])
+    return content
+
+
+def _check_windows(data: Sequence[str], length: int) -> None:
+    """What an analysis needs of its text besides what calibration does."""
+    from bitnest.calibrate.observe import COVER
+
+    if length < 2:
+        raise RecipeError(f"windows of {length} tokens predict nothing", hint="--length 2 or more")
+    for item in _sources(data):
+        if item.label == COVER:
+            raise DataError(
+                f"the label '{COVER}' is kept for windows drawn for coverage",
+                where=item.source,
+                hint=f"name it otherwise: --data text={item.source}",
+            )
 
 
 def _check_length(config: Any, length: int) -> None:

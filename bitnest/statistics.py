@@ -9,6 +9,7 @@
     experts.<i>.hessian.up|down  (L, E, I, I) sums of w x x^T with weights experts.<i>.weight
     experts.<i>.norms|output|output2|weight|logits|logits2|margins     (L, ...)
     experts.<i>.trace            (tokens, k) experts chosen, samples in order
+    experts.<i>.rows             (n, hidden) of the states that reached the layer, evenly spread
     fisher.<module or parameter> (L, ...) squared gradients per prediction (`calibrate/fisher.py`)
     sites.error (S, F), sites.loss (S, F, L), sites.output (S,)        sensitivity of S sites
     sites.peaks (S, 3), sites.energy (S,)                               of their weights
@@ -37,10 +38,19 @@ import torch
 from bitnest.errors import StatisticsError
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
 from bitnest.sites import Site
-from bitnest.workdir import Workdir, in_the_way, is_empty, write_text
+from bitnest.workdir import (
+    Workdir,
+    in_the_way,
+    is_empty,
+    sha256_file,
+    storage_error,
+    write_text,
+)
 
 VERSION = 1
 HEADER = "statistics.json"
+KEYS = ("source", "labels", "samples", "tokens", "formats", "hessian", "importance", "options",
+        "probes", "data", "layers", "files", "fingerprint")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,20 @@ class Statistics:
                     hint="copy the directory again, or repeat bitnest analyze",
                 )
         return cls(path, header)
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum.
+
+        Raises:
+            StatisticsError: one differs.
+        """
+        for name, record in self.header["files"].items():
+            if sha256_file(self.path / name) != record["sha256"]:
+                raise StatisticsError(
+                    f"'{name}' differs from what was written",
+                    where=str(self.path),
+                    hint="copy the directory again, or repeat bitnest analyze",
+                )
 
     @property
     def labels(self) -> list[str]:
@@ -185,6 +209,8 @@ def merge(parts: Sequence[Statistics], out: Path) -> Statistics:
             kept = {k: v for k, v in record.items() if k not in {"file", "files"}}
             writer.write_block(layer, kept, tensors)
         return writer.finish(_merged_header(parts, labels))
+    except OSError as error:
+        raise storage_error(error, out) from error
     finally:
         writer.close()
 
@@ -201,7 +227,7 @@ class _Merger:
             return None
         tensors = [part.read(self.layer, name) for part in self.parts]
         group = name.partition(".")[0]
-        if name.endswith(".trace"):
+        if name.endswith((".trace", ".rows")):
             return torch.cat(tensors)
         if group == "columns" or name in {"sites.peaks", "sites.energy"}:
             return tensors[0]
@@ -268,8 +294,19 @@ def _merged_header(parts: Sequence[Statistics], labels: Sequence[str]) -> dict[s
         "seconds": sum(part.header["seconds"] for part in parts),
         "merged": sum(part.header.get("merged", 1) for part in parts),
         "approximate": ["sites.error", "sites.loss"],
+        "drawn": _drawn([part.header["drawn"] for part in parts]),
         "fingerprint": {"merged": [part.header["fingerprint"] for part in parts]},
     }
+
+
+def _drawn(parts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Windows that all parts drew for coverage; how many experts starve after it is not known."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    sums = {key: sum(part[key] for part in found) for key in ("windows", "rounds", "tried")}
+    ways = dict.fromkeys(part["way"] for part in found)
+    return {"way": ", ".join(ways), **sums, "starved": None}
 
 
 def _check_alike(parts: Sequence[Statistics]) -> None:
@@ -280,6 +317,7 @@ def _check_alike(parts: Sequence[Statistics]) -> None:
         "models": lambda s: s.header["source"]["sha256"],
         "candidate formats": lambda s: s.formats,
         "options": lambda s: s.header["options"],
+        "kinds of Hessian": lambda s: s.header["hessian"],
     }
     for part in parts[1:]:
         for what, key in same.items():
@@ -296,6 +334,13 @@ def _check_alike(parts: Sequence[Statistics]) -> None:
             where=str(next(p for p in paths if paths.count(p) > 1)),
             hint="they would count double: leave one out",
         )
+    drawn = [{item["sha256"] for item in part.header["data"]} for part in parts]
+    if len(set().union(*drawn)) < sum(map(len, drawn)):
+        raise StatisticsError(
+            "statistics of the same windows of text, as copies or inside a merger",
+            where=", ".join(str(part.path) for part in parts),
+            hint="they would count double: leave one out, or draw other windows by --seed",
+        )
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -303,6 +348,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(file.read_text(encoding="utf-8"))
         version = header["version"]
+        if version == VERSION and (lacking := [key for key in KEYS if key not in header]):
+            raise KeyError(*lacking)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StatisticsError(
             f"no statistics here: no {HEADER}",

@@ -45,6 +45,7 @@ from bitnest.quantize.solve import Options
 from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
 from bitnest.sites import Site, is_experts
 from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
+from bitnest.workdir import storage_error
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ class Analysis:
             raise RecipeError(f"unknown kind of Hessian '{self.hessian}'", hint=", ".join(HESSIANS))
         if self.keep_hessians and self.hessian == "diagonal":
             raise RecipeError("diagonal Hessians are kept anyway", hint="leave out one of the two")
+        if min(self.fisher_windows, self.probe_windows) < 1 or self.probes < 0:
+            raise RecipeError(
+                f"{self.fisher_windows} windows for gradients, {self.probe_windows} for "
+                f"{self.probes} probes",
+                hint="--fisher-windows and --probe-windows from 1, --probes from 0",
+            )
         if not self.formats and (self.importance != "none" or self.probes):
             raise RecipeError(
                 "nothing to be sensitive to: no candidate format",
@@ -120,6 +127,8 @@ def analyze(
             return _Run(job, job.calibration, analysis, writer, budget, drawn, progress).run(
                 finished
             )
+    except OSError as error:
+        raise storage_error(error, out) from error
     finally:
         writer.close()
 
@@ -151,6 +160,12 @@ class _Run:
         self.sites = [site for site in job.sites if site.kind != "router"]
         self.passes = self._passes()
         self.full = analysis.hessian != "diagonal" and self.passes <= MAX_PASSES
+        self.full &= bool(analysis.formats) or analysis.keep_hessians  # nothing else needs them
+        if analysis.keep_hessians and not self.full:
+            raise RecipeError(
+                "memory does not allow the full Hessians that are to be kept",
+                hint="--hessian full to sum them all the same, more --memory, or diagonals",
+            )
         self.fisher: Fisher | None = None
 
     def run(self, finished: int) -> Statistics:
@@ -265,7 +280,7 @@ class _Run:
             block,
             prefix,
             labels=len(self.labels),
-            full=self.full and bool(self.analysis.formats),
+            full=self.full,
             weighting=self.job.recipe.weighting,
             sample=sample_rows(tokens, widths, self.options.min_tokens),
         )
@@ -309,10 +324,10 @@ class _Run:
 
     def _passes(self) -> int:
         """Passes over a block in which its experts' Hessians fit."""
-        widths: dict[tuple[str, int, int], int] = {}
+        widths: dict[tuple[str, int, bool], int] = {}
         for site in self.sites:
             if site.expert is not None and site.param != "weight":
-                key = (site.module, site.expert, site.shape[1])
+                key = (site.module, site.expert, site.param == "down_proj")
                 widths[key] = 4 * site.shape[1] ** 2 * (len(self.labels) + 2)
         totals: dict[str, int] = {}
         for (module, _, _), nbytes in widths.items():
@@ -413,9 +428,9 @@ class _Run:
                 {
                     "plan": [plan.get(name) for name in names],
                     "measured": [vars(item) for item in found],
-                    "group": len(plan) < len(names),
+                    "group": number >= self.analysis.probes,
                 }
-                for plan, found in zip(probes.plans, measured, strict=True)
+                for number, (plan, found) in enumerate(zip(probes.plans, measured, strict=True))
             ],
             "drawn": None if self.drawn is None else self.drawn.to_json(),
             "seed": job.recipe.seed,

@@ -64,8 +64,9 @@ def block_tensors(
         if keep_hessians and seen.hessian is not None:
             tensors[f"inputs.{i}.hessian"] = _symmetric(seen.hessian)
     fused = list(observer.fused.items())
-    for i, (_, sums) in enumerate(fused):
-        _put_experts(tensors, f"experts.{i}", sums, keep_hessians)
+    for i, (name, sums) in enumerate(fused):
+        rows = torch.cat(observer.rows[name])
+        _put_experts(tensors, f"experts.{i}", sums, rows, keep_hessians)
     tensors.update({f"fisher.{name}": rows for name, rows in fisher.items()})
     _put_sites(tensors, sites, scored, weights, formats)
     record = {
@@ -100,7 +101,11 @@ def _put(tensors: dict[str, torch.Tensor], prefix: str, moments: Moments) -> Non
 
 
 def _put_experts(
-    tensors: dict[str, torch.Tensor], prefix: str, sums: ExpertSums, keep_hessians: bool
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    sums: ExpertSums,
+    rows: torch.Tensor,
+    keep_hessians: bool,
 ) -> None:
     _put(tensors, f"{prefix}.up", sums.up)
     _put(tensors, f"{prefix}.down", sums.down)
@@ -109,6 +114,7 @@ def _put_experts(
         if value is not None:
             tensors[f"{prefix}.{name}"] = value
     tensors[f"{prefix}.trace"] = torch.cat(sums.trace)
+    tensors[f"{prefix}.rows"] = rows
     if keep_hessians and sums.full:
         labels, experts = sums.tokens.shape
         for down, (key, width) in enumerate((("up", sums.up.width), ("down", sums.down.width))):

@@ -83,9 +83,7 @@ def cover(
     counts = {name: found.sum(0) for name, found in route(calibration.tokens).items()}
     if way == "data":
         pool = candidate_windows(tokenizer, sources, calibration, limit=limit, seed=seed)
-        found = draw_until_covered(
-            route, pool, counts, minimum, worth=WORTH, progress=progress
-        )
+        found = draw_until_covered(route, pool, counts, minimum, worth=WORTH, progress=progress)
         drawn = Drawn(way, len(found.tokens), found.rounds, found.windows_tried,
                       len(found.still_starved))  # fmt: skip
         return _with(calibration, found.tokens), drawn

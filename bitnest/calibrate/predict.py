@@ -172,10 +172,14 @@ class Predictor:
 
     @cached_property
     def _rows(self) -> list[tuple[int, str, np.ndarray, float]]:
+        """Probe, label, raw sums and KL. Merged parts of one seed measured the same plans, which are
+        one probe: its twin would tell what to predict for it."""
         found = []
-        for i, probe in enumerate(self.statistics.header["probes"]):
+        first: dict[tuple[int | None, ...], int] = {}
+        for place, probe in enumerate(self.statistics.header["probes"]):
             if probe["group"]:
                 continue
+            i = first.setdefault(tuple(probe["plan"]), place)
             sums = self.sums(_choice(probe["plan"]))
             for item in probe["measured"]:
                 label = probe.get("labels", self.labels)[item["label"]]
@@ -233,7 +237,9 @@ def _losses_by_groups(statistics: Statistics) -> np.ndarray:
     error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
     output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers])
     noise = (error * output[:, None]).numpy() * token_shares(statistics)[:, None]
-    losses = np.zeros((*noise.shape, len(statistics.labels)))
+    labels = statistics.labels
+    losses = np.zeros((*noise.shape, len(labels)))
+    times = np.zeros((len(noise), 1, len(labels)))  # merged parts may have measured one label each
     for probe in statistics.header["probes"]:
         if not probe["group"]:
             continue
@@ -241,9 +247,11 @@ def _losses_by_groups(statistics: Statistics) -> np.ndarray:
         group = np.nonzero(choice >= 0)[0]
         total = noise[group, choice[group]].sum()
         for item in probe["measured"]:
+            d = labels.index(probe.get("labels", labels)[item["label"]])
+            times[group, 0, d] += 1
             if total > 0:
-                losses[group, :, item["label"]] = item["kl"] * noise[group] / total
-    return losses
+                losses[group, :, d] += item["kl"] * noise[group] / total
+    return losses / np.maximum(times, 1)
 
 
 def token_shares(statistics: Statistics) -> np.ndarray:
@@ -294,7 +302,7 @@ def fit_points(
         return Fit(tuple(kinds), (1.0,) * len(kinds), 0.0, math.inf, 0)
     scales, flips = _solve(raw, measured, moe)
     others = left_out(kinds, raw, measured, probes, moe=moe)
-    error = float(np.sqrt(np.mean(np.log(measured / others) ** 2)))
+    error = float(np.sqrt(np.mean(np.log(measured / np.maximum(others, LEAST)) ** 2)))
     return Fit(tuple(kinds), tuple(scales), flips, error, len(set(probes)))
 
 
@@ -338,7 +346,7 @@ def _solve(raw: np.ndarray, measured: np.ndarray, moe: bool) -> tuple[list[float
     start = [common] * kinds + (
         [common + 0.5 * float(np.log(np.median(total))) - 2.0] if moe else []
     )
-    found = least_squares(residuals, start, bounds=(-30.0, 30.0))
+    found = least_squares(residuals, np.clip(start, -29.0, 29.0), bounds=(-30.0, 30.0))
     return [float(v) for v in np.exp(found.x[:kinds])], float(
         np.exp(found.x[kinds])
     ) if moe else 0.0

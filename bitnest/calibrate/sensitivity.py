@@ -25,13 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from bitnest.calibrate.collector import add_moment, dense_weights, symmetric
 from bitnest.calibrate.fisher import Fisher
-from bitnest.calibrate.observe import ExpertSums, Observer
+from bitnest.calibrate.observe import ExpertSums, Input
 from bitnest.formats import PackedFormat
 from bitnest.kernels.experts import down_input, up_name
 from bitnest.quantize.block import LAYER_SAMPLE, SLICE, stackable
@@ -70,6 +70,18 @@ class Inputs:
     prior: torch.Tensor | None = None
 
 
+class Observed(Protocol):
+    """What is needed of an `Observer`: its inputs, and how many labels they have."""
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """Leader's name -> Input."""
+
+    @property
+    def labels(self) -> int:
+        """Length of the label axis."""
+
+
 class Sensitivity:
     """Scores the sites of one block after another.
 
@@ -88,7 +100,7 @@ class Sensitivity:
         self.formats, self.options, self.sink = list(formats), options, sink
         self.fisher, self.parameter = fisher, parameter
 
-    def linears(self, sites: Sequence[Site], observer: Observer) -> Iterator[Scored]:
+    def linears(self, sites: Sequence[Site], observer: Observed) -> Iterator[Scored]:
         """Score sites that are linear layers; those with one input are solved together."""
         readers = {name: seen for seen in observer.inputs.values() for name in seen.readers}
         batches: dict[str, list[Site]] = {}

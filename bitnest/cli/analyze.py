@@ -66,6 +66,11 @@ def command(
         help="Add windows until experts are covered: data (the same sources) or self (generated).",
     ),
     cover_limit: int = typer.Option(64, "--cover-limit", min=1, help="Windows --cover looks at."),
+    reuse: Path = typer.Option(
+        None,
+        "--reuse",
+        help="Statistics with --keep-hessians: only add each --format; the model is not run.",
+    ),
     seed: int = typer.Option(0, "--seed", help="Choice of windows and probes."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
@@ -84,9 +89,16 @@ def command(
 
     prepare_process()
     from bitnest import api
+    from bitnest.errors import RecipeError
 
     target = out or Path(f"{Path(model).name}-statistics")
-    if not data and not quiet:
+    if reuse is not None and (data or cover or not format):
+        raise RecipeError(
+            "--reuse takes everything but formats from earlier statistics",
+            where=str(reuse),
+            hint="give it one --format or more, and neither --data nor --cover",
+        )
+    if reuse is None and not data and not quiet:
         say("analyzing on the embedded text; your own, by --data, says what you will see in use")
     usage_only = importance == "none" and probes == 0
     with Bars(quiet) as bars:
@@ -109,6 +121,7 @@ def command(
             min_tokens=min_tokens,
             cover=cover,
             cover_limit=cover_limit,
+            reuse=reuse,
             seed=seed,
             memory=parse_size(memory),
             device=device,

@@ -43,6 +43,9 @@ def command(
     compute: str = typer.Option(
         "auto", "--compute", help="Calibrate in float32 or bfloat16. [float32 on a CPU]"
     ),
+    statistics: Path = typer.Option(
+        None, "--statistics", help="What bitnest analyze wrote: says what KL to expect."
+    ),
     fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
     trust_remote_code: bool = Remote,
     json: bool = Json,
@@ -81,6 +84,7 @@ def command(
             memory=parse_size(memory),
             device=device,
             compute=compute,
+            statistics=statistics,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
             progress=bars,

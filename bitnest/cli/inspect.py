@@ -11,7 +11,9 @@ from bitnest.cli.options import Json, Remote
 
 
 def command(
-    model: str = typer.Argument(help="Checkpoint or artifact: directory, hub id, or 'demo'."),
+    model: str = typer.Argument(
+        help="Checkpoint, artifact or statistics: directory, hub id, demo."
+    ),
     sites: bool = typer.Option(False, "--sites", help="List every site."),
     verify: bool = typer.Option(
         False, "--verify", help="Read every file of an artifact and compare it with its checksum."
@@ -33,11 +35,23 @@ def command(
     _print(found, sites)
 
 
+def _print_statistics(found: dict[str, Any]) -> None:
+    typer.echo(f"model: {found['model']}, {found['source']['parameters']:,} parameters")
+    for item in found["data"]:
+        typer.echo(f"  {item['label']}: {item['samples']} windows, {item['tokens']:,} tokens")
+    importance = found["importance"]
+    kind = "not measured" if importance is None else importance["kind"]
+    typer.echo(f"importance: {kind}; Hessians: {found['hessian']}; probes: {found['probes']}")
+    typer.echo("candidates: " + (", ".join(found["formats"]) or "none"))
+
+
 def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"{found['kind']}: {found['path']}")
     typer.echo(f"architecture: {found['architecture']}")
     if "verified" in found:
         typer.echo(f"checksums: {found['verified']} files match")
+    if found["kind"] == "statistics":
+        _print_statistics(found)
     counts: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for site in found["sites"]:
         counts[(site["kind"], site.get("format", ""), tuple(site["shape"]))] += 1

@@ -159,7 +159,18 @@ def summary(result: CompressResult) -> None:
     if not result.calibrated:
         lost = "a site's squared weights lost, |dW|^2 / |W|^2"
     console.print(f"error: share of {lost}", highlight=False)
+    if result.predicted is not None:
+        console.print(_expected(result.predicted), highlight=False)
     console.print(f"artifact: {result.path} ({result.seconds:.1f} s)", highlight=False)
+
+
+def _expected(predicted: dict[str, Any]) -> str:
+    """The KL that statistics predict, with its error bar."""
+    text = f"predicted KL: {predicted['mean']:.3g} nats per token"
+    if predicted["low"] is not None:
+        text += f", {predicted['low']:.3g} to {predicted['high']:.3g} within one standard error"
+    parts = ", ".join(f"{label} {value:.3g}" for label, value in predicted["kl"].items())
+    return f"{text} ({parts})"
 
 
 def next_commands(result: CompressResult, model: str) -> None:

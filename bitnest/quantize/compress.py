@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,7 @@ from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
-from bitnest.errors import ArtifactError, RecipeError
+from bitnest.errors import ArtifactError, RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat, parse_format
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
@@ -50,6 +50,9 @@ from bitnest.sites import Site, find_sites, is_experts
 from bitnest.skeleton import Skeleton
 from bitnest.workdir import partial_directory, storage_error
 
+if TYPE_CHECKING:
+    from bitnest.calibrate.expect import Expected
+
 ALGORITHM = 2  # raised when the same inputs would give other bytes than an earlier version
 
 
@@ -59,7 +62,7 @@ class Job:
 
     calibration: tokens to calibrate on, None for rtn. memory: bytes the process may use, or None.
     compute: type of the block's weights and hidden states while samples pass through it; Hessians
-    and the solver are float32 always.
+    and the solver are float32 always. expected: what statistics predict, for the manifest.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +74,7 @@ class Job:
     device: torch.device
     memory: int | None
     compute: torch.dtype = torch.float32
+    expected: Expected | None = None
 
     @property
     def itemsize(self) -> int:
@@ -135,6 +139,12 @@ def run(
     budget = Budget.plan(job.skeleton, job.sites, job.memory)
     progress.phase("checking weights", job.checkpoint.nbytes)
     source_hash = job.checkpoint.scan(progress.step)
+    if job.expected is not None and job.expected.source != source_hash:
+        raise StatisticsError(
+            "the statistics are of another model: its weights differ",
+            where=str(job.checkpoint.path),
+            hint="bitnest analyze this model, or leave out --statistics",
+        )
     fingerprint = _fingerprint(job, source_hash)
     done = finished_with(out, fingerprint)
     if done is not None:
@@ -339,8 +349,9 @@ def _config(job: Job) -> dict[str, Any]:
 def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
     import transformers
 
-    calibration = job.calibration
+    calibration, expected = job.calibration, job.expected
     return {
+        **({} if expected is None else {"statistics": expected.statistics}),
         "source": source_hash,
         "config": job.checkpoint.config,
         "recipe": job.recipe.to_json(),
@@ -376,6 +387,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
             "length": calibration.tokens.shape[1],
             "sources": calibration.counts,
         },
+        **({} if job.expected is None else {"predicted": job.expected.to_json()}),
         "fingerprint": fingerprint,
     }
 
@@ -421,6 +433,11 @@ def wants_calibration(job: Job) -> bool:
     """Whether the run needs text: any method but rtn does, and rtn in formats fitted to inputs."""
     packed = [fmt for fmt in job.formats.values() if not isinstance(fmt, DenseFormat)]
     return job.recipe.method != "rtn" or any(map(needs_statistics, packed))
+
+
+def with_expectation(job: Job, expected: Expected | None) -> Job:
+    """The same job with what statistics predict of it."""
+    return replace(job, expected=expected)
 
 
 def with_calibration(job: Job, calibration: CalibrationSet | None) -> Job:

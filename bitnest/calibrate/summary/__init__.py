@@ -53,7 +53,7 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
             layer_section(part, following, own)
             for part, following, own in zip(
                 usage,
-                [*usage[1:], None],
+                [*usage[1:], None] if usage else [],
                 tiers.tiers if tiers else [None] * len(usage),
                 strict=True,
             )

@@ -20,7 +20,7 @@ def sensitivity_section(statistics: Statistics) -> dict[str, Any] | None:
         predictor = Predictor(statistics)
         losses = predictor.losses[:, :, predictor.known].mean(2)
     bits = candidate_bits(statistics)
-    fisher = _fisher(statistics)
+    fisher, unknown = _fisher(statistics), [None] * len(bits)
     sites: list[dict[str, Any]] = []
     for layer in statistics.layers:
         if not layer["sites"]:
@@ -38,7 +38,7 @@ def sensitivity_section(statistics: Statistics) -> dict[str, Any] | None:
                     "parameters": site["shape"][0] * site["shape"][1],
                     "fisher": fisher.get(site["name"]),
                     "error": error,
-                    "loss": None if losses is None else losses[number].tolist(),
+                    "loss": unknown if losses is None else losses[number].tolist(),
                 }
             )
     return {

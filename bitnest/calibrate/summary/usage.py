@@ -221,8 +221,11 @@ def coverage(statistics: Statistics, layers: Sequence[tuple[int, int]]) -> dict[
     tokens, minima = {}, {}
     for layer, index in layers:
         tokens[layer] = statistics.read(layer, f"experts.{index}.up.tokens").sum(0)
-        width = statistics.read(layer, f"experts.{index}.up.absmax").shape[-1]
-        minima[layer] = statistics.header["min_tokens"] or width
+        widths = (
+            statistics.read(layer, f"experts.{index}.{part}.absmax").shape[-1]
+            for part in ("up", "down")
+        )
+        minima[layer] = statistics.header["min_tokens"] or max(widths)
     drawn = statistics.header.get("drawn") or {"windows": 0, "rounds": 0}
     return coverage_section(tokens, minima, windows=drawn["windows"], rounds=drawn["rounds"])
 

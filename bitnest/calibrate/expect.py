@@ -1,0 +1,66 @@
+"""expect: what statistics say a recipe will cost, before it is carried out, kept beside the result.
+
+The prediction goes into the artifact's manifest, so that whoever measures the KL later can hold the
+two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitnest.calibrate.predict import Predictor
+from bitnest.errors import StatisticsError
+from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.statistics import HEADER, Statistics
+from bitnest.workdir import sha256_file
+
+
+@dataclass(frozen=True)
+class Expected:
+    """KL(original || compressed), nats per token. kl: per label of the statistics. mean: over
+    labels; low, high: one standard error of its logarithm less and more, None if no probe was
+    measured. source: sha256 of the model the statistics are of. statistics: sha256 of their
+    header."""
+
+    kl: dict[str, float]
+    mean: float
+    low: float | None
+    high: float | None
+    source: str
+    statistics: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {k: v for k, v in vars(self).items() if k != "source"}
+
+
+def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> Expected:
+    """What the statistics in `path` predict for formats by site name, fitted with `method`.
+
+    Raises:
+        StatisticsError: not statistics, of another method, or without a format or site asked for.
+    """
+    statistics = Statistics.open(path)
+    predictor = Predictor(statistics)
+    measured = statistics.header["method"]
+    if measured != method:
+        raise StatisticsError(
+            f"the statistics were measured with --method {measured}, not {method}",
+            where=str(path),
+            hint=f"bitnest analyze with --method {method}, or leave out --statistics",
+        )
+    plan = {n: fmt.name for n, fmt in formats.items() if not isinstance(fmt, DenseFormat)}
+    found = predictor.predict(plan)
+    low, high = found.interval
+    known = predictor.fit.probes > 0
+    return Expected(
+        kl=found.kl,
+        mean=found.mean,
+        low=low if known else None,
+        high=high if known else None,
+        source=statistics.header["source"]["sha256"],
+        statistics=sha256_file(statistics.path / HEADER),
+    )
