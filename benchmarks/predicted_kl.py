@@ -6,8 +6,8 @@
 Every text is halved. On the first halves MODEL is analyzed (default candidates, 2 to 8 bits) and
 compressed, once for every plan, by `compress` as a user would run it; plans are drawn as the
 analysis' own probes are, by another seed. On the second halves KL(MODEL || artifact) is measured.
-Predictions come from the statistics alone and are made before anything is compressed. The last
-line of stdout is one JSON object.
+Predictions come from the statistics alone. DIR keeps what was measured, so that a second call
+compares other predictions (--importance) with it. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def measure(
     statistics: Any, args: argparse.Namespace, first: list[str], second: list[str], work: Path
 ) -> list[dict[str, Any]]:
     """One row per plan: bits, predicted and measured KL per label."""
-    from bitnest import api
     from bitnest.calibrate.predict import Predictor
     from bitnest.calibrate.probes import draw_plans
     from bitnest.formats import parse_format
@@ -87,19 +86,37 @@ def measure(
         {name: statistics.formats[number] for name, number in plan.items()}
         for plan in draw_plans(statistics.sites, formats, args.plans, SEED)
     ]
+    known = work / "measured.json"
+    if not known.exists():
+        known.write_text(json.dumps(_measured(plans, args, first, second, work)))
+    measured = json.loads(known.read_text())
+    assert [item["plan"] for item in measured] == plans, f"{known} is of other plans: remove it"
+    rows = []
+    for item in measured:
+        found = predictor.predict(item.pop("plan"))
+        rows.append({**item, "predicted": found.kl, "mean": found.mean, "error": found.error})
+    return rows
+
+
+def _measured(
+    plans: list[dict[str, str]],
+    args: argparse.Namespace,
+    first: list[str],
+    second: list[str],
+    work: Path,
+) -> list[dict[str, Any]]:
+    """Plan, bits and measured KL of every plan."""
+    from bitnest import api
+
     rows: list[dict[str, Any]] = []
-    artifacts = []
-    for number, plan in enumerate(plans):
-        predicted = predictor.predict(plan)
-        out = work / f"plan-{number:02d}"
+    artifacts = [work / f"plan-{number:02d}" for number in range(len(plans))]
+    for number, (plan, out) in enumerate(zip(plans, artifacts, strict=True)):
         result = api.compress(
             args.model, out, rules=[f"{name}={fmt}" for name, fmt in plan.items()], data=first,
             samples=args.samples, length=args.length,
         )  # fmt: skip
-        rows.append({"bits": result.bits, "predicted": predicted.kl, "mean": predicted.mean,
-                     "error": predicted.error})  # fmt: skip
-        artifacts.append(out)
-        sys.stderr.write(f"plan {number}: {result.bits:.2f} bits, predicted {predicted.mean:.5f}\n")
+        rows.append({"plan": plan, "bits": result.bits})
+        sys.stderr.write(f"plan {number}: {result.bits:.2f} bits\n")
     found = api.evaluate(artifacts, against=args.model, data=second)
     for row, scores in zip(rows, found.rows[1:], strict=True):
         row["measured"] = {score.text: score.kl.mean for score in scores.scores}

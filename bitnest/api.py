@@ -519,7 +519,7 @@ def _check_windows(data: Sequence[str], length: int) -> None:
     from bitnest.calibrate.observe import COVER
 
     if length < 2:
-        raise RecipeError(f"windows of {length} tokens predict nothing", hint="--length 2 or more")
+        raise RecipeError(f"--length {length} leaves nothing to predict", hint="--length 2 or more")
     for item in _sources(data):
         if item.label == COVER:
             raise DataError(

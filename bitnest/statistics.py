@@ -4,7 +4,7 @@
     block-00001.safetensors  per decoder block, sums with the dataset label as an axis
 
     inputs.<i>.<moment>          of the i-th input of the block, (L, ...)
-    inputs.<i>.hessian           (L, I, I) sums of x x^T, if they were kept
+    inputs.<i>.hessian, weight   (L, I, I) sums of x x^T over (L,) tokens, if they were kept
     experts.<i>.up|down.<moment> of what gate/up and down of each expert read, (L, E, ...)
     experts.<i>.hessian.up|down  (L, E, I, I) sums of w x x^T with weights experts.<i>.weight
     experts.<i>.norms|output|output2|weight|logits|logits2|margins     (L, ...)

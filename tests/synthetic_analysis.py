@@ -257,8 +257,8 @@ def make(
         "inputs": _inputs(random, blocks, width, moe=True),
         "crest": _crest(random, blocks, ("attention", "expert")),
         "sensitivity": _sensitivity(random, blocks, experts, ("attention", "expert")),
-        "prediction": {"scales": {"attention": 1.8, "expert": 1.4}, "flips": 0.02, "error": 0.12, "probes": 16,
-                       "points": points},
+        "prediction": {"scales": {"attention": 1.8, "expert": 1.4}, "flips": 0.02,
+                       "error": 0.12, "probes": 16, "points": points},
         "offloading": _offloading(random, layers),
         "coverage": {
             "minimum": 2048, "experts": blocks * experts,

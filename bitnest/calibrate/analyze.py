@@ -3,7 +3,7 @@
     1. Fisher, if importance is by gradients: forwards and backwards over some windows (`fisher`)
     2. for every block: observe all windows (`observe`), solve every site in every candidate format
        (`sensitivity`), send probes (`probes`) and samples on, store, free
-    3. KL of the probes, by the model's own head (`tail`)
+    3. KL of the probes, by the model's own head (`tail`), on windows that no Hessian has seen
 
 Statistics are of the uncompressed model: every block sees what it sees in the original. A killed
 run resumes at the last finished block; finished blocks are replayed, Fisher and probes read back.
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 HESSIAN_BYTES = 1 << 30  # of one pass's expert Hessians without --memory
 MAX_PASSES = 8
+HELD = "/held"  # keeps windows that Hessians do not see in batches of their own
 HESSIANS = ("auto", "full", "diagonal")
 
 
@@ -166,6 +167,7 @@ class _Run:
                 "memory does not allow the full Hessians that are to be kept",
                 hint="--hessian full to sum them all the same, more --memory, or diagonals",
             )
+        self.held = self._held_out()
         self.fisher: Fisher | None = None
 
     def run(self, finished: int) -> Statistics:
@@ -202,7 +204,9 @@ class _Run:
             dtype=self.job.compute,
             device=self.job.device,
             memory_limit=self.budget.hidden,
-            labels=[self.calibration.labels[i] for i in samples],
+            labels=[
+                f"{self.calibration.labels[i]}{HELD if i in self.held else ''}" for i in samples
+            ],
             singles=singles,
         )
 
@@ -214,6 +218,19 @@ class _Run:
             if label != COVER or len(self.labels) == 1:
                 chosen.extend(own[-count:] if last else own[:count])
         return sorted(chosen)
+
+    def _held_out(self) -> frozenset[int]:
+        """Windows that probes are measured on and Hessians do not see: the last of every label, a
+        quarter of them at most. Probes fitted to their own windows would look too good."""
+        if not self.analysis.probes and self.analysis.importance != "probes":
+            return frozenset()
+        counts = [self.numbers.count(n) // 4 for n in range(len(self.labels))]
+        chosen = self._windows(self.analysis.probe_windows, last=True)
+        kept: list[int] = []
+        for number, most in enumerate(counts):
+            own = [i for i in chosen if self.numbers[i] == number]
+            kept.extend(own[len(own) - min(most, len(own)) :])
+        return frozenset(kept)
 
     # ---- Fisher
 
@@ -288,7 +305,8 @@ class _Run:
     def _observe(self, layer: int, stream: Stream, observer: Observer) -> None:
         length = self.calibration.tokens.shape[1]
         for part in stream.batches():
-            observer.before_batch(self.numbers[part.start], part.start * length)
+            fit = part.start not in self.held
+            observer.before_batch(self.numbers[part.start], part.start * length, fit=fit)
             stream.forward_checked(layer, part)
             observer.after_batch()
 
@@ -413,8 +431,12 @@ class _Run:
             "labels": self.labels,
             "data": [vars(report) for report in calibration.sources],
             "samples": [
-                {"label": label, "length": calibration.tokens.shape[1]}
-                for label in calibration.labels
+                {
+                    "label": label,
+                    "length": calibration.tokens.shape[1],
+                    "fitted": i not in self.held,
+                }
+                for i, label in enumerate(calibration.labels)
             ],
             "tokens": calibration.tokens.numel(),
             "length": calibration.tokens.shape[1],

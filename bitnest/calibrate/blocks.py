@@ -63,6 +63,7 @@ def block_tensors(
         _put(tensors, f"inputs.{i}", seen.moments)
         if keep_hessians and seen.hessian is not None:
             tensors[f"inputs.{i}.hessian"] = _symmetric(seen.hessian)
+            tensors[f"inputs.{i}.weight"] = seen.weight
     fused = list(observer.fused.items())
     for i, (name, sums) in enumerate(fused):
         rows = torch.cat(observer.rows[name])

@@ -160,7 +160,10 @@ class _Scorer:
         for i, item in enumerate(record["inputs"]):
             moments = read_moments(statistics, layer, f"inputs.{i}")
             hessian = self._hessian(layer, f"inputs.{i}.hessian")
-            inputs[item["name"]] = Input(list(item["readers"]), moments, hessian)
+            weight = moments.tokens.double()
+            if statistics.has(layer, f"inputs.{i}.weight"):
+                weight = statistics.read(layer, f"inputs.{i}.weight")
+            inputs[item["name"]] = Input(list(item["readers"]), moments, hessian, weight)
         linears = [site for site in sites if site.module not in fused]
         yield from self.sensitivity.linears(linears, Stored(inputs, len(statistics.labels)))
         for i, item in enumerate(record["experts"]):

@@ -46,12 +46,14 @@ MARGIN_WIDTH = 0.1  # logits; the last bin is open
 class Input:
     """A tensor that one or more linear layers read.
 
-    readers: their names. hessian: (L, I, I) float32 sums, upper part (see `add_moment`), or None.
+    readers: their names. hessian: (L, I, I) float32 sums over `weight` (L,) tokens, upper part (see
+    `add_moment`), or None.
     """
 
     readers: list[str]
     moments: Moments
     hessian: torch.Tensor | None
+    weight: torch.Tensor
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Observer:
         self._alive: dict[tuple[int, int, int], tuple[str, torch.Tensor]] = {}
         self._learning = True
         self._undo: list[Callable[[], None]] = []
-        self._label, self._start = 0, 0
+        self._label, self._start, self._fit = 0, 0, True
 
     def __enter__(self) -> Observer:
         for name, module in self._modules:
@@ -141,9 +143,12 @@ class Observer:
             undo()
         self._undo.clear()
 
-    def before_batch(self, label: int, start: int) -> None:
-        """The next batch holds samples of dataset `label`; its first token has number `start`."""
-        self._label, self._start = label, start
+    def before_batch(self, label: int, start: int, *, fit: bool = True) -> None:
+        """The next batch holds samples of dataset `label`; its first token has number `start`.
+
+        fit: whether Hessians see it.
+        """
+        self._label, self._start, self._fit = label, start, fit
 
     def after_batch(self) -> None:
         """A batch is through: who shares whose input is known after the first."""
@@ -167,12 +172,14 @@ class Observer:
         own = self.inputs[name]
         rows = x.reshape(-1, x.shape[-1]).float()
         own.moments.add((self._label,), rows)
-        if own.hessian is not None:
+        if own.hessian is not None and self._fit:
             add_moment(own.hessian[self._label], rows)
+            own.weight[self._label] += len(rows)
 
     def _new_input(self, name: str, width: int, device: torch.device) -> Input:
         hessian = torch.zeros(self.labels, width, width, device=device) if self._full else None
-        return Input([name], Moments.zeros((self.labels,), width), hessian)
+        weight = torch.zeros(self.labels, dtype=torch.float64)
+        return Input([name], Moments.zeros((self.labels,), width), hessian, weight)
 
     def _router(self, name: str, module: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of the matrix beside the experts with one row for each."""
@@ -260,7 +267,7 @@ class Observer:
             add_outputs(seen.y.float(), gates, *outputs)
             sums.up.add(place, x)
             sums.down.add(place, inner)
-        if self._full and self.experts(seen.expert):
+        if self._full and self._fit and self.experts(seen.expert):
             self._hessians(sums, seen.expert, x, inner, gates)
 
     def _hessians(

@@ -172,8 +172,8 @@ class Predictor:
 
     @cached_property
     def _rows(self) -> list[tuple[int, str, np.ndarray, float]]:
-        """Probe, label, raw sums and KL. Merged parts of one seed measured the same plans, which are
-        one probe: its twin would tell what to predict for it."""
+        """Probe, label, raw sums and KL. Merged parts of one seed measured the same plans, which
+        are one probe: its twin would tell what to predict for it."""
         found = []
         first: dict[tuple[int | None, ...], int] = {}
         for place, probe in enumerate(self.statistics.header["probes"]):

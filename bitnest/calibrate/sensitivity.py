@@ -117,7 +117,7 @@ class Sensitivity:
                 labels = seen.moments.mean_square().float()[:, None]
                 pooled = seen.moments.pooled().mean_square().float()[None]
             else:
-                labels, pooled = means(seen.hessian[:, None], tokens[:, None].double())
+                labels, pooled = means(seen.hessian[:, None], seen.weight[:, None])
             inputs = Inputs(pooled, labels, [int(tokens.sum())])
             for part in self._alike([batch]):
                 yield from self._score(part, inputs)
