@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,7 @@ def test_merged_halves_are_the_whole() -> None:
         whole.add(place, x)
         halves[i % 2].add(place, x)
     merged = halves[0].merged(halves[1])
-    for name, value in vars(whole).items():
+    for name, value in asdict(whole).items():
         assert torch.allclose(getattr(merged, name), value, rtol=1e-12), name
 
 
@@ -214,7 +214,7 @@ def test_merging_leaves_both_halves_as_they_were() -> None:
     one, other = Moments.zeros((1,), 9), Moments.zeros((1,), 9)
     one.add((0,), noise(4, 9))
     other.add((0,), noise(7, 9))
-    before = copy.deepcopy((vars(one), vars(other)))
+    before = asdict(one), asdict(other)
     one.merged(other)
     for kept, now in zip(before, (one, other), strict=True):
         assert all(torch.equal(value, getattr(now, name)) for name, value in kept.items())
@@ -227,7 +227,7 @@ def test_pooled_labels_are_one_sum_over_all_rows() -> None:
             x = noise(5 + label, 40, expert)
             moments.add((label, expert), x)
             every.add((expert,), x)
-    for name, value in vars(moments.pooled()).items():
+    for name, value in asdict(moments.pooled()).items():
         assert torch.allclose(value, getattr(every, name), rtol=1e-12), name
 
 
@@ -251,3 +251,18 @@ def test_zeros_alone_have_no_nan() -> None:
     moments.add((0,), torch.empty(0, 40))
     assert moments.tokens.tolist() == [6] and moments.kappa().eq(1).all()
     assert moments.mean_square().eq(0).all()
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize(("experts", "chosen"), [(1, 1), (4, 4), (4, 1), (8, 2), (128, 8)])
+def test_logits_and_margins_equal_loops_over_tokens(experts: int, chosen: int) -> None:
+    x = 3 * torch.randn(50, experts, generator=torch.Generator().manual_seed(experts))
+    total, square = (torch.ones(experts, dtype=torch.float64) for _ in range(2))
+    margins = torch.zeros(7, dtype=torch.int64)
+    kernel.add_logits(x, chosen, 0.25, total, square, margins)
+    expected = [0] * 7
+    for row in x.tolist() if experts > chosen else ():
+        ordered = sorted(row, reverse=True)
+        expected[min(int((ordered[chosen - 1] - ordered[chosen]) / 0.25), 6)] += 1
+    assert margins.tolist() == expected
+    assert close(total, 1 + numpy(x).sum(0)) and close(square, 1 + (numpy(x) ** 2).sum(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_hessians_summed_in_several_passes_count_everything_once(family: str, ro
     for one, other in zip(parted, observed(root, family), strict=True):
         assert one.inputs.keys() == other.inputs.keys()
         for name, own in one.inputs.items():
-            same_sums(vars(own.moments), vars(other.inputs[name].moments))
+            same_sums(asdict(own.moments), asdict(other.inputs[name].moments))
             assert torch.equal(own.hessian, other.inputs[name].hessian)  # type: ignore[arg-type]
         for name, sums in one.fused.items():
             whole_sums = other.fused[name]
@@ -195,8 +196,8 @@ def test_hessians_summed_in_several_passes_count_everything_once(family: str, ro
             for e, (up, down) in sums.hessians.items():
                 assert torch.equal(up, whole_sums.hessians[e][0])
                 assert torch.equal(down, whole_sums.hessians[e][1])
-            same_sums(vars(sums.up), vars(whole_sums.up))
-            same_sums(vars(sums.down), vars(whole_sums.down))
+            same_sums(asdict(sums.up), asdict(whole_sums.up))
+            same_sums(asdict(sums.down), asdict(whole_sums.down))
             same_sums(vars(sums), vars(whole_sums))
             assert torch.equal(torch.cat(sums.trace), torch.cat(whole_sums.trace))
 
@@ -221,7 +222,7 @@ def test_without_hessians_all_else_is_the_same(family: str, root: Path) -> None:
     for one, other in zip(lean, observed(root, family), strict=True):
         for name, own in one.inputs.items():
             assert own.hessian is None
-            same_sums(vars(own.moments), vars(other.inputs[name].moments))
+            same_sums(asdict(own.moments), asdict(other.inputs[name].moments))
         for name, sums in one.fused.items():
             assert not sums.hessians and not sums.full and sums.weight.eq(0).all()
             for part in ("norms", "output", "output2", "logits", "margins"):

@@ -22,10 +22,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from bitnest.kernels.moments import BLOCKS, add_rows
+from bitnest.kernels.moments import BLOCKS, add_rows, rank_rows
 
-SAMPLED_ROWS = 32  # of one batch of rows, whose channels are ranked
-RANKED_ROWS = 512  # of one place, at most
+SAMPLED_ROWS = 64  # of one batch of rows, whose channels are ranked
+RANKED_ROWS = 256  # of one place, at most
 TOP_SHARE = 0.01
 
 
@@ -45,6 +45,9 @@ class Moments:
     peaks: torch.Tensor
     ranked: torch.Tensor
     ranks: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._views: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
 
     @classmethod
     def zeros(cls, lead: tuple[int, ...], width: int) -> Moments:
@@ -70,14 +73,16 @@ class Moments:
         """Add rows x (n, width) float32 at one place."""
         if not len(x):
             return
-        self.tokens[place] += len(x)
-        sums = (self.absmax[place], self.abs[place], self.square[place], self.peaks[place])
-        self.over_six[place] += add_rows(x, *sums)
-        if self.ranked[place] < RANKED_ROWS:
+        views = self._views.get(place)
+        if views is None:  # made once: taking them costs more than adding a few rows
+            views = {f.name: getattr(self, f.name)[place] for f in fields(self)}
+            self._views[place] = views
+        views["tokens"] += len(x)
+        views["over_six"] += add_rows(x, *(views[n] for n in ("absmax", "abs", "square", "peaks")))
+        if views["ranked"] < RANKED_ROWS:
             rows = x[:: -(-len(x) // SAMPLED_ROWS)]
-            top = rows.abs().topk(top_count(self.width), dim=1).indices.flatten().cpu()
-            self.ranked[place] += len(rows)
-            self.ranks[place] += torch.bincount(top, minlength=self.width)
+            views["ranked"] += len(rows)
+            rank_rows(rows, top_count(self.width), views["ranks"])
 
     def merged(self, other: Moments) -> Moments:
         """Of the rows of both."""

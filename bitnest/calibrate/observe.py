@@ -34,7 +34,7 @@ from torch import nn
 from bitnest.calibrate.collector import add_moment, dense_weights
 from bitnest.calibrate.moments import Moments
 from bitnest.kernels.experts import ExpertPass, experts_forward
-from bitnest.kernels.moments import add_outputs
+from bitnest.kernels.moments import add_logits, add_outputs
 from bitnest.sites import is_experts, is_linear
 
 COVER = "cover"  # label of windows drawn for starved experts: kept out of usage figures
@@ -245,12 +245,8 @@ class Observer:
             x.float(), weight.float(), None if bias is None else bias.float()
         )
         assert sums.logits is not None and sums.logits2 is not None and sums.margins is not None
-        sums.logits[self._label] += logits.sum(0, dtype=torch.float64).cpu()
-        sums.logits2[self._label] += logits.double().square().sum(0).cpu()
-        if logits.shape[1] > sums.top_k:
-            top = logits.topk(sums.top_k + 1, dim=1).values
-            bins = ((top[:, -2] - top[:, -1]) / MARGIN_WIDTH).long().clamp_(0, MARGIN_BINS - 1)
-            sums.margins[self._label] += torch.bincount(bins.cpu(), minlength=MARGIN_BINS)
+        own = (t[self._label] for t in (sums.logits, sums.logits2, sums.margins))
+        add_logits(logits, sums.top_k, MARGIN_WIDTH, *own)
 
     def _keep_rows(self, name: str, hidden: torch.Tensor) -> None:
         if self._sample is None:

@@ -111,3 +111,50 @@ void moments_outputs(const float *y, const float *gates, int64_t rows, int64_t w
         }
     }
 }
+
+// counts[c] += rows in which channel c is among the `top` largest of |x|. Work has room for `top`
+// floats and as many integers. Few values pass the smallest of those found so far, so this is one
+// comparison per value.
+void moments_rank(const float *x, int64_t rows, int64_t width, int64_t stride, int64_t top,
+                  float *values, int64_t *channels, int64_t *counts) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = x + r * stride;
+        int64_t found = 0;
+        for (int64_t c = 0; c < width; c++) {
+            float a = fabsf(row[c]);
+            if (found == top && !(a > values[top - 1])) continue;
+            int64_t place = found < top ? found++ : top - 1;
+            for (; place > 0 && a > values[place - 1]; place--) {
+                values[place] = values[place - 1];
+                channels[place] = channels[place - 1];
+            }
+            values[place] = a;
+            channels[place] = c;
+        }
+        for (int64_t i = 0; i < found; i++) counts[channels[i]]++;
+    }
+}
+
+// logits: rows of `experts`. Adds to sum and square (experts), and counts, in bins of `step`, by how
+// much the `chosen`-th largest logit leads the next; the last bin is open. Work has room for
+// chosen + 1 floats.
+void moments_logits(const float *logits, int64_t rows, int64_t experts, int64_t chosen, double step,
+                    int64_t bins, float *work, double *sum, double *square, int64_t *counts) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = logits + r * experts;
+        int64_t found = 0;
+        for (int64_t e = 0; e < experts; e++) {
+            float x = row[e];
+            sum[e] += x;
+            square[e] += (double)x * x;
+            if (found == chosen + 1 && !(x > work[chosen])) continue;
+            int64_t place = found < chosen + 1 ? found++ : chosen;
+            for (; place > 0 && x > work[place - 1]; place--) work[place] = work[place - 1];
+            work[place] = x;
+        }
+        if (found <= chosen) continue;
+        double lead = floor(((double)work[chosen - 1] - work[chosen]) / step);
+        int64_t bin = lead < bins ? (int64_t)lead : bins - 1;
+        counts[bin < bins - 1 ? bin : bins - 1]++;
+    }
+}
