@@ -47,7 +47,7 @@ class Moments:
     ranks: torch.Tensor
 
     def __post_init__(self) -> None:
-        self._views: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        self._views: dict[tuple[int, ...], Moments] = {}
 
     @classmethod
     def zeros(cls, lead: tuple[int, ...], width: int) -> Moments:
@@ -73,16 +73,19 @@ class Moments:
         """Add rows x (n, width) float32 at one place."""
         if not len(x):
             return
-        views = self._views.get(place)
-        if views is None:  # made once: taking them costs more than adding a few rows
-            views = {f.name: getattr(self, f.name)[place] for f in fields(self)}
-            self._views[place] = views
-        views["tokens"] += len(x)
-        views["over_six"] += add_rows(x, *(views[n] for n in ("absmax", "abs", "square", "peaks")))
-        if views["ranked"] < RANKED_ROWS:
+        own = self._views.get(place)
+        if own is None:  # made once: taking views costs more than adding a few rows
+            own = self._views[place] = self.at(place)
+        own.tokens += len(x)
+        own.over_six += add_rows(x, own.absmax, own.abs, own.square, own.peaks)
+        if own.ranked < RANKED_ROWS:
             rows = x[:: -(-len(x) // SAMPLED_ROWS)]
-            views["ranked"] += len(rows)
-            rank_rows(rows, top_count(self.width), views["ranks"])
+            own.ranked += len(rows)
+            rank_rows(rows, top_count(self.width), own.ranks)
+
+    def at(self, place: tuple[int, ...]) -> Moments:
+        """Of one place alone: views, not copies."""
+        return Moments(**{f.name: getattr(self, f.name)[place] for f in fields(self)})
 
     def merged(self, other: Moments) -> Moments:
         """Of the rows of both."""

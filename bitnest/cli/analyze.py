@@ -20,18 +20,21 @@ NAMED = 8  # starved experts named
 def command(
     model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
     out: Path = typer.Option(
-        None, "-o", "--out", help="Directory of statistics and report. [MODEL-statistics]"
+        None, "-o", "--out", help="Directory of statistics and report (default: MODEL-statistics)."
     ),
     data: list[str] = typer.Option(
         [],
         "--data",
-        help="Text: [label[:weight]=]file, directory or hub:name; may be repeated. [embedded]",
+        help="Text: [label[:weight]=]file, directory or hub:name; may be repeated "
+        "(default: embedded text).",
     ),
     samples: int = typer.Option(64, "--samples", min=1, help="Windows in all."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),
     pack: str = typer.Option("join", "--pack", help="join, or documents: none is cut by a window."),
     format: list[str] = typer.Option(
-        [], "--format", help="A candidate format; may be repeated. [int2-g128 to int8-g128]"
+        [],
+        "--format",
+        help="A candidate format; may be repeated (default: int2-g128 to int8-g128).",
     ),
     method: str = typer.Option("gptq", "--method", help="How candidates are fitted: gptq or rtn."),
     importance: str = typer.Option(
@@ -58,7 +61,10 @@ def command(
         help="Token weights in an expert's Hessian: none, gate, gate2.",
     ),
     min_tokens: int = typer.Option(
-        None, "--min-tokens", min=1, help="Tokens every expert should see. [its input channels]"
+        None,
+        "--min-tokens",
+        min=1,
+        help="Tokens every expert should see (default: its input channels).",
     ),
     cover: str = typer.Option(
         None,

@@ -21,7 +21,7 @@ CREST = ("mean", "median", "p99", "effective")  # fields of `Crest`, in the tabl
 def command(
     model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
     format: list[str] = typer.Option(
-        [], "--format", help="A format to compare; may be repeated. [the uniform ones]"
+        [], "--format", help="A format to compare; may be repeated (default: the uniform ones)."
     ),
     sites: str = typer.Option(
         None, "--sites", help="Sites to measure: a glob, re:REGEX or kind:KIND."
@@ -30,7 +30,9 @@ def command(
         64, "--per-kind", min=1, help="Sites measured of each kind, spread evenly."
     ),
     data: list[str] = typer.Option(
-        [], "--data", help="Text for H and inputs: [label=]file, directory or hub:name. [embedded]"
+        [],
+        "--data",
+        help="Text for H and inputs: [label=]file, directory or hub:name (default: embedded text).",
     ),
     samples: int = typer.Option(32, "--samples", min=1, help="Windows of text."),
     length: int = typer.Option(256, "--length", min=2, help="Tokens per window."),

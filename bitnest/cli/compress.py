@@ -12,18 +12,24 @@ from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 def command(
     model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
-    bits: float = typer.Option(None, "--bits", help="Code width of every site, 1 to 8. [4]"),
+    bits: float = typer.Option(
+        None, "--bits", help="Code width of every site, 1 to 8 (default: 4)."
+    ),
     format: str = typer.Option(
         None, "--format", help="int3-g64-asym, mxfp4, nvfp4, fp8-channel ...: see bitnest formats."
     ),
-    group: int = typer.Option(None, "--group", help="Input channels per scale, 16 to 128. [128]"),
+    group: int = typer.Option(
+        None, "--group", help="Input channels per scale, 16 to 128 (default: 128)."
+    ),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn."),
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT: a glob, re:REGEX or kind:KIND. Later rules win."
     ),
     keep: list[str] = typer.Option([], "--keep", help="PATTERN: leave matching sites dense."),
     data: list[str] = typer.Option(
-        [], "--data", help="Calibration text: [label=]file, directory or hub:name. [embedded]"
+        [],
+        "--data",
+        help="Calibration text: [label=]file, directory or hub:name (default: embedded text).",
     ),
     samples: int = typer.Option(64, "--samples", min=1, help="Calibration windows."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),
@@ -41,7 +47,7 @@ def command(
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
     compute: str = typer.Option(
-        "auto", "--compute", help="Calibrate in float32 or bfloat16. [float32 on a CPU]"
+        "auto", "--compute", help="Calibrate in float32 or bfloat16 (default: float32 on a CPU)."
     ),
     statistics: Path = typer.Option(
         None, "--statistics", help="What bitnest analyze wrote: says what KL to expect."

@@ -16,7 +16,7 @@ def command(
     models: list[str] = typer.Argument(help="Artifacts or checkpoints to measure."),
     against: str = typer.Option(None, "--against", help="The base they are compared with."),
     data: list[str] = typer.Option(
-        [], "--data", help="Text: [label=]file, directory or hub:name. [embedded]"
+        [], "--data", help="Text: [label=]file, directory or hub:name (default: embedded text)."
     ),
     without: list[str] = typer.Option(
         [],

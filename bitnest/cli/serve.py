@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def command(
     model: str = typer.Argument(help="Artifact or checkpoint: directory, hub id, or 'demo'."),
     bits: float = typer.Option(
-        None, "--bits", help="Compress a checkpoint to this width first. [4]"
+        None, "--bits", help="Compress a checkpoint to this width first (default: 4)."
     ),
     format: str = typer.Option(None, "--format", help="Compress to this format first."),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn, when compressing."),
@@ -36,7 +36,7 @@ def command(
     cache_tokens: int = typer.Option(32768, "--cache-tokens", help="KV cache, in tokens."),
     max_pending: int = typer.Option(256, "--max-pending", help="Requests waiting before 503."),
     cache_dir: Path = typer.Option(
-        None, "--cache-dir", help="Where compressed models are kept. [~/.cache/bitnest]"
+        None, "--cache-dir", help="Where compressed models are kept (default: ~/.cache/bitnest)."
     ),
     trust_remote_code: bool = Remote,
     quiet: bool = Quiet,

@@ -40,7 +40,7 @@ def inputs_section(statistics: Statistics) -> list[dict[str, Any]]:
             )
             down = read_moments(statistics, number, f"experts.{i}.down").pooled()
             worst = int(down.absmax.amax(1).argmax())
-            one = Moments(**{key: value[worst] for key, value in vars(down).items()})
+            one = down.at((worst,))
             role = "down, largest expert"
             found.append(_entry(f"{item['name']}.{worst}.down", 1, "expert", number, role, one))
     return found
