@@ -136,13 +136,13 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=bars,
         )
-    print_analysis(statistics.path, json)
+    print_analysis(statistics.path, json, model)
     if not quiet:
         say(f"next: open {statistics.path / 'report.html'}")
 
 
-def print_analysis(path: Path, json: bool) -> None:
-    """What report.json in `path` says, as JSON or in short."""
+def print_analysis(path: Path, json: bool, model: str | None = None) -> None:
+    """What report.json in `path` says, as JSON or in short. model: as the user names it."""
     import json as parser
 
     from bitnest.cli.render import print_json
@@ -158,9 +158,11 @@ def print_analysis(path: Path, json: bool) -> None:
     for table in tables:
         console.print(table)
         console.print()
-    for line in _sentences(analysis):
+    for line in _sentences(analysis, model or analysis["model"]):
         console.print(line, highlight=False)
-    console.print(f"statistics and report: {path} ({analysis['seconds']:.1f} s)", highlight=False)
+    console.print(
+        f"statistics and report: {path}, measured in {analysis['seconds']:.1f} s", highlight=False
+    )
 
 
 def _new_table(*columns: str) -> Table:
@@ -227,14 +229,14 @@ def _losses(analysis: dict[str, Any]) -> Table | None:
     return table
 
 
-def _sentences(analysis: dict[str, Any]) -> list[str]:
+def _sentences(analysis: dict[str, Any], model: str) -> list[str]:
     lines = []
     for item in analysis["domains"][:DOMAINS]:
         most, least = item["label"], item["other"]
         lines.append(
             f"layer {item['layer']} expert {item['expert']}: {100 * item['share'][most]:.0f} % of "
             f"{most}, {100 * item['share'][least]:.0f} % of {least} "
-            f"(bitnest eval {analysis['model']} --without {item['layer']}:{item['expert']})"
+            f"(bitnest eval {model} --without {item['layer']}:{item['expert']})"
         )
     lines.extend(_coverage(analysis["coverage"]))
     prediction = analysis["prediction"]
