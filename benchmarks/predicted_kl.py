@@ -172,8 +172,9 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     values = [v for row in rows for v in (*row["predicted"].values(), *row["measured"].values())]
     ends = [min(values) / 1.3, max(values) * 1.3]
     factor = math.exp(rows[0]["error"])
-    axes.plot(ends, ends, color="0.5", linewidth=1)
-    axes.fill_between(ends, [v / factor for v in ends], [v * factor for v in ends], color="0.9")
+    axes.plot(ends, ends, color="0.5", linewidth=1, zorder=1)
+    low, high = [v / factor for v in ends], [v * factor for v in ends]
+    axes.fill_between(ends, low, high, color="0.9", zorder=0)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends,
              xlabel="predicted KL, nats/token", ylabel="measured KL, nats/token")  # fmt: skip
     axes.legend(frameon=False)
