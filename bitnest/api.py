@@ -301,9 +301,9 @@ def analyze(
     formats: Sequence[str] = CANDIDATES,
     method: str = "gptq",
     importance: str = "kl",
-    fisher_windows: int = 8,
+    fisher_windows: int = 24,
     probes: int = 12,
-    probe_windows: int = 4,
+    probe_windows: int = 16,
     hessian: str = "auto",
     keep_hessians: bool = False,
     weighting: str = "gate",
@@ -325,7 +325,8 @@ def analyze(
 
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`. importance, fisher_windows, probes,
-    probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`. cover: `data` or `self`
+    probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`; without importance
+    there is nothing to calibrate, and no probe is measured. cover: `data` or `self`
     adds up to cover_limit windows until every expert has min_tokens. reuse: a directory of
     statistics with Hessians to which only `formats` are added, without running the model; options
     of the measurement are then its own. The rest as in `compress`. Besides the statistics,
@@ -343,8 +344,9 @@ def analyze(
 
     candidates = tuple(parse_formats(formats, data=True)) if formats else ()
     analysis = Analysis(
-        candidates, importance, fisher_windows, probes, probe_windows, hessian, keep_hessians
-    )
+        candidates, importance, fisher_windows, 0 if importance == "none" else probes,
+        probe_windows, hessian, keep_hessians,
+    )  # fmt: skip
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
     )

@@ -7,7 +7,7 @@
     inputs.<i>.hessian, weight   (L, I, I) sums of x x^T over (L,) tokens, if they were kept
     experts.<i>.up|down.<moment> of what gate/up and down of each expert read, (L, E, ...)
     experts.<i>.hessian.up|down  (L, E, I, I) sums of w x x^T with weights experts.<i>.weight
-    experts.<i>.norms|output|output2|weight|logits|logits2|margins     (L, ...)
+    experts.<i>.norms|output|output2|weight|fitted|logits|logits2|margins     (L, ...)
     experts.<i>.trace            (tokens, k) experts chosen, samples in order
     experts.<i>.rows             (n, hidden) of the states that reached the layer, evenly spread
     fisher.<module or parameter> (L, ...) squared gradients per prediction (`calibrate/fisher.py`)

@@ -252,6 +252,21 @@ def test_probes_of_no_measurable_cost_are_left_out(tmp_path: Path) -> None:
     assert len(predictor.points) == 3 and math.isfinite(predictor.fit.error)
 
 
+def test_the_error_bar_knows_how_few_windows_were_measured(tmp_path: Path) -> None:
+    """Probes that all follow the formula, on windows that differ by a fifth or two."""
+    plain = Predictor(made_up(tmp_path / "plain"))
+    probes = []
+    for plan in random_plans(8):
+        kls = formula(plain.sums(np.array(plan)), (1, 1), 0.01)
+        item = probe(plan, *kls)
+        for m, relative in zip(item["measured"], (0.2, 0.4), strict=True):
+            m["error"] = relative * m["kl"]
+        probes.append(item)
+    predictor = Predictor(made_up(tmp_path / "s", probes=probes))
+    assert predictor.sampling == pytest.approx(math.sqrt((0.04 + 0.16) / 2))
+    assert predictor.fit.error == pytest.approx(predictor.sampling, rel=0.01)
+
+
 def test_equal_plans_are_one_probe(tmp_path: Path) -> None:
     """Merged parts of one seed hold the same plans: a twin would give away what is predicted."""
     plan, other = random_plans(2)

@@ -60,15 +60,16 @@ class Analysis:
     """What is measured, besides usage.
 
     formats: candidates for every site but routers. importance: kl or loss (gradients), probes (KL
-    of one perturbed block and kind at a time), none. fisher_windows, probe_windows: per label.
-    probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians: store them.
+    of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
+    of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
+    store them.
     """
 
     formats: tuple[PackedFormat, ...]
     importance: str = "kl"
-    fisher_windows: int = 8
+    fisher_windows: int = 24
     probes: int = 12
-    probe_windows: int = 4
+    probe_windows: int = 16
     hessian: str = "auto"
     keep_hessians: bool = False
 
@@ -89,7 +90,7 @@ class Analysis:
         if not self.formats and (self.importance != "none" or self.probes):
             raise RecipeError(
                 "nothing to be sensitive to: no candidate format",
-                hint="name one, or measure usage only: --importance none --probes 0",
+                hint="name one, or measure usage only: --importance none",
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -211,12 +212,14 @@ class _Run:
         )
 
     def _windows(self, count: int, *, last: bool) -> list[int]:
-        """Up to `count` sample numbers of every label but `cover`, ascending; the last or first."""
+        """Up to `count` sample numbers, ascending: the last or first of every label but `cover`,
+        as many of each, one at least."""
+        numbers = [n for n, d in enumerate(self.labels) if d != COVER or len(self.labels) == 1]
+        share = max(1, count // len(numbers))
         chosen: list[int] = []
-        for number, label in enumerate(self.labels):
+        for number in numbers:
             own = [i for i, n in enumerate(self.numbers) if n == number]
-            if label != COVER or len(self.labels) == 1:
-                chosen.extend(own[-count:] if last else own[:count])
+            chosen.extend(own[-share:] if last else own[:share])
         return sorted(chosen)
 
     def _held_out(self) -> frozenset[int]:

@@ -17,7 +17,7 @@ from bitnest.kernels.moments import BLOCKS
 from bitnest.sites import Site
 from bitnest.statistics import Statistics
 
-EXPERT_SUMS = ("norms", "output", "output2", "weight", "logits", "logits2", "margins")
+EXPERT_SUMS = ("norms", "output", "output2", "weight", "fitted", "logits", "logits2", "margins")
 
 
 @dataclass(frozen=True)

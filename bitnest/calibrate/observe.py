@@ -63,7 +63,7 @@ class ExpertSums:
     norms: (L, E, 4): gates, gates^2, |E(x)|, gate * |E(x)|. output, output2: (L, E, hidden).
     logits, logits2: (L, E). margins: (L, bins) int64. The three are None without a router.
     full: whether Hessians are summed. hessians: expert -> (up (L, I, I), down (L, J, J)) float32
-    sums with weights `weight` (L, E).
+    sums with weights `weight` (L, E) over `fitted` (L, E) int64 tokens.
     trace: (tokens, k) int16 in the order of the samples.
     """
 
@@ -75,6 +75,7 @@ class ExpertSums:
     up: Moments
     down: Moments
     weight: torch.Tensor
+    fitted: torch.Tensor
     logits: torch.Tensor | None
     logits2: torch.Tensor | None
     margins: torch.Tensor | None
@@ -232,6 +233,7 @@ class Observer:
             up=Moments.zeros(lead, width),
             down=Moments.zeros(lead, inner),
             weight=zeros(*lead),
+            fitted=torch.zeros(lead, dtype=torch.int64),
             logits=zeros(*lead) if router else None,
             logits2=zeros(*lead) if router else None,
             margins=torch.zeros(self.labels, MARGIN_BINS, dtype=torch.int64) if router else None,
@@ -288,3 +290,4 @@ class Observer:
         add_moment(down[self._label], inner, w)
         total = float(len(x)) if w is None else float(w.double().sum())
         sums.weight[self._label, expert] += total
+        sums.fitted[self._label, expert] += len(x)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -68,8 +68,9 @@ class Prediction:
 class Fit:
     """KL_d ~ sum_k scale_k s_kd + flips * sqrt(sum_k s_kd).
 
-    scales: per kind. error: standard deviation of the left-out log ratios. probes: how many it was
-    fitted to; with none, scales are 1 and the error is unknown (infinite).
+    scales: per kind. error: standard deviation of the left-out log ratios, in a Predictor's fit
+    with what other windows would have measured. probes: how many it was fitted to; with none,
+    scales are 1 and the error is unknown (infinite).
     """
 
     kinds: tuple[str, ...]
@@ -156,7 +157,15 @@ class Predictor:
     @cached_property
     def fit(self) -> Fit:
         """The calibration."""
-        return fit_points(self.kinds, *self._measured(), moe=self._moe)
+        fit = fit_points(self.kinds, *self._measured(), moe=self._moe)
+        return replace(fit, error=math.hypot(fit.error, self.sampling))
+
+    @property
+    def sampling(self) -> float:
+        """Relative standard error of the probes' KL over their windows, which is common to them:
+        root mean square over probes and labels."""
+        relative = [error / kl for *_, kl, error in self._rows]
+        return math.sqrt(sum(r * r for r in relative) / max(1, len(relative)))
 
     @cached_property
     def points(self) -> list[Point]:
@@ -164,16 +173,16 @@ class Predictor:
         raw, measured, probes = self._measured()
         predicted = left_out(self.kinds, raw, measured, probes, moe=self._moe)
         bits = {i: self._mean_bits(i) for i in dict.fromkeys(probes)}
-        labels = [label for _, label, _, _ in self._rows]
+        labels = [label for _, label, *_ in self._rows]
         return [
             Point(probe, label, bits[probe], raw[i], float(predicted[i]), float(measured[i]))
             for i, (probe, label) in enumerate(zip(probes, labels, strict=True))
         ]
 
     @cached_property
-    def _rows(self) -> list[tuple[int, str, np.ndarray, float]]:
-        """Probe, label, raw sums and KL. Merged parts of one seed measured the same plans, which
-        are one probe: its twin would tell what to predict for it."""
+    def _rows(self) -> list[tuple[int, str, np.ndarray, float, float]]:
+        """Probe, label, raw sums, KL and its standard error. Merged parts of one seed measured the
+        same plans, which are one probe: its twin would tell what to predict for it."""
         found = []
         first: dict[tuple[int | None, ...], int] = {}
         for place, probe in enumerate(self.statistics.header["probes"]):
@@ -184,7 +193,8 @@ class Predictor:
             for item in probe["measured"]:
                 label = probe.get("labels", self.labels)[item["label"]]
                 if item["kl"] > LEAST:
-                    found.append((i, label, sums[self.labels.index(label)], item["kl"]))
+                    own = sums[self.labels.index(label)]
+                    found.append((i, label, own, item["kl"], item["error"]))
         return found
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -170,8 +170,9 @@ class Sensitivity:
             for e in numbers
         ], dim=1)  # fmt: skip
         labels, pooled = means(totals, sums.weight[:, list(numbers)])
+        fitted = sums.fitted[:, list(numbers)].sum(0).tolist()  # of windows that Hessians see
         for i, expert in enumerate(numbers):
-            layer.lean(pooled[i], counts[i], expert, down)
+            layer.lean(pooled[i], fitted[i], expert, down)
         return Inputs(pooled, labels, counts)
 
     def _score(self, columns: list[list[Site]], inputs: Inputs) -> Iterator[Scored]:

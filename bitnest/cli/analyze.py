@@ -41,13 +41,13 @@ def command(
         "kl", "--importance", help="kl or loss (gradients), probes (none needed), or none."
     ),
     fisher_windows: int = typer.Option(
-        8, "--fisher-windows", min=1, help="Windows per label that gradients are taken on."
+        24, "--fisher-windows", min=1, help="Windows, of all labels, that gradients are taken on."
     ),
     probes: int = typer.Option(
         12, "--probes", min=0, help="Random mixed plans whose KL is measured, to calibrate on."
     ),
     probe_windows: int = typer.Option(
-        4, "--probe-windows", min=1, help="Windows per label that probes are measured on."
+        16, "--probe-windows", min=1, help="Windows, of all labels, that probes are measured on."
     ),
     hessian: str = typer.Option(
         "auto", "--hessian", help="full, diagonal, or auto: diagonal only if memory asks for it."
@@ -106,7 +106,6 @@ def command(
         )
     if reuse is None and not data and not quiet:
         say("analyzing on the embedded text; your own, by --data, says what you will see in use")
-    usage_only = importance == "none" and probes == 0
     with Bars(quiet) as bars:
         statistics = api.analyze(
             model,
@@ -115,7 +114,7 @@ def command(
             samples=samples,
             length=length,
             pack=pack,
-            formats=format or ([] if usage_only else api.CANDIDATES),
+            formats=format or ([] if importance == "none" else api.CANDIDATES),
             method=method,
             importance=importance,
             fisher_windows=fisher_windows,
@@ -262,7 +261,8 @@ def _coverage(found: dict[str, Any] | None) -> list[str]:
     worst = sorted(found["starved"], key=lambda item: item["tokens"])[:NAMED]
     if worst:
         names = ", ".join(f"{i['layer']}:{i['expert']} {i['tokens']}" for i in worst)
-        text += f"; fewest: {names}. Their Hessians lean on the layer's inputs (--cover data helps)"
+        text += f"; fewest: {names}. Their Hessians lean on the layer's inputs"
+        text += "" if found["drawn"]["windows"] else " (--cover data helps)"
     return [text]
 
 
