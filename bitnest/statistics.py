@@ -27,6 +27,7 @@ Written as artifacts are (`workdir`): a killed run resumes, half a directory nev
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ from bitnest.workdir import (
     Workdir,
     in_the_way,
     is_empty,
+    partial_directory,
     sha256_file,
     storage_error,
     write_text,
@@ -179,6 +181,7 @@ def finished_statistics(out: Path, fingerprint: Mapping[str, Any]) -> Statistics
     if (out / HEADER).is_file():
         found = Statistics.open(out)
         if found.header.get("fingerprint") == fingerprint:
+            shutil.rmtree(partial_directory(out), ignore_errors=True)  # killed right after renaming
             return found
     raise in_the_way(out)
 

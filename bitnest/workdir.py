@@ -24,6 +24,8 @@ from typing import Any
 from bitnest.errors import ArtifactError, BitnestError
 from bitnest.safetensors_io import Entry, write_file
 
+INPUTS = "inputs.json"  # in `state`: the fingerprint
+
 
 class Workdir:
     """A directory in the making.
@@ -56,7 +58,7 @@ class Workdir:
             shutil.rmtree(self.state, ignore_errors=True)
         self.work.mkdir(exist_ok=True)
         self.state.mkdir(exist_ok=True)
-        inputs = self.state / "inputs.json"
+        inputs = self.state / INPUTS
         if inputs.exists():
             self._check_same(self._previous(inputs))
         else:
@@ -110,7 +112,8 @@ class Workdir:
         """Let go of the lock; remove what this run put down if none of it is worth resuming."""
         if self._lock is None:
             return
-        if self.partial in self._created and not any(self.state.glob("block-*.json")):
+        worth = [path for path in self.state.glob("*") if path.name != INPUTS]
+        if self.partial in self._created and not worth:
             shutil.rmtree(self.partial, ignore_errors=True)
             for directory in self._created:
                 with suppress(OSError):  # gone already, or no longer empty

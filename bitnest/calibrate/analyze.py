@@ -357,6 +357,7 @@ class _Run:
         limit = HESSIAN_BYTES if memory is None else max(self.budget.work, memory // 8)
         passes = max(1, math.ceil(max(totals.values(), default=0) / limit))
         if passes > MAX_PASSES and self.analysis.hessian == "full":
+            log.warning("full Hessians in %d passes, not %d: past the memory", MAX_PASSES, passes)
             return MAX_PASSES
         if passes > MAX_PASSES and self.analysis.hessian == "auto":
             log.info("Hessians of a layer's experts need %d passes: their diagonals do", passes)

@@ -29,7 +29,7 @@ from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options
 from bitnest.sites import Site
 from bitnest.statistics import HEADER, Statistics, StatisticsWriter, finished_statistics
-from bitnest.workdir import sha256_file
+from bitnest.workdir import sha256_file, storage_error
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def extend(
         }
         header = {**kept, "formats": names, "options": options, "fingerprint": fingerprint}
         return writer.finish(header)
+    except OSError as error:
+        raise storage_error(error, out) from error
     finally:
         writer.close()
 

@@ -128,7 +128,11 @@ class Predictor:
         choice = np.full(len(self.sites), -1)
         for name, fmt in plan.items():
             if name not in self._number:
-                raise StatisticsError(f"site '{name}' was not measured", hint="bitnest inspect")
+                raise StatisticsError(
+                    f"site '{name}' was not measured: are these statistics of another model?",
+                    where=str(self.statistics.path),
+                    hint=f"bitnest inspect {self.statistics.path}; bitnest analyze this model",
+                )
             if fmt not in self.formats:
                 raise StatisticsError(
                     f"format '{fmt}' is no candidate of these statistics",

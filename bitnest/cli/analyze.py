@@ -17,7 +17,15 @@ DOMAINS = 6  # experts named
 NAMED = 8  # starved experts named
 
 
+# What --reuse leaves open; all the rest was settled when the statistics were measured.
+OPEN_IN_REUSE = {
+    "model", "out", "format", "reuse", "memory", "device", "fresh", "trust_remote_code", "json",
+    "quiet",
+}  # fmt: skip
+
+
 def command(
+    context: typer.Context,
     model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
     out: Path = typer.Option(
         None, "-o", "--out", help="Directory of statistics and report (default: MODEL-statistics)."
@@ -77,7 +85,7 @@ def command(
         "--reuse",
         help="Statistics with --keep-hessians: only add each --format; the model is not run.",
     ),
-    seed: int = typer.Option(0, "--seed", help="Choice of windows and probes."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Choice of windows and probes."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
     compute: str = typer.Option("auto", "--compute", help="float32 or bfloat16."),
@@ -95,15 +103,10 @@ def command(
 
     prepare_process()
     from bitnest import api
-    from bitnest.errors import RecipeError
 
     target = out or Path(f"{Path(model).name}-statistics")
-    if reuse is not None and (data or cover or not format):
-        raise RecipeError(
-            "--reuse takes everything but formats from earlier statistics",
-            where=str(reuse),
-            hint="give it one --format or more, and neither --data nor --cover",
-        )
+    if reuse is not None:
+        _check_reuse(context, reuse, format)
     if reuse is None and not data and not quiet:
         say("analyzing on the embedded text; your own, by --data, says what you will see in use")
     with Bars(quiet) as bars:
@@ -138,6 +141,28 @@ def command(
     print_analysis(statistics.path, json, model)
     if not quiet:
         say(f"next: open {statistics.path / 'report.html'}")
+
+
+def _check_reuse(context: typer.Context, reuse: Path, formats: list[str]) -> None:
+    from bitnest.errors import RecipeError
+
+    given = [
+        max(option.opts, key=len)
+        for option in context.command.params
+        if option.name not in OPEN_IN_REUSE and _was_given(context, option.name)
+    ]
+    if given or not formats:
+        raise RecipeError(
+            "--reuse takes everything but formats from earlier statistics"
+            + (f", {', '.join(given)} too" if given else ""),
+            where=str(reuse),
+            hint="give it --format, once or more, and no other option of measuring",
+        )
+
+
+def _was_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def print_analysis(path: Path, json: bool, model: str | None = None) -> None:

@@ -41,7 +41,7 @@ def command(
     gptq: bool = typer.Option(
         False, "--gptq", help="Give the H error of GPTQ too: three to five times the work."
     ),
-    seed: int = typer.Option(0, "--seed", help="Choice of windows."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Choice of windows."),
     plot: Path = typer.Option(None, "--plot", help="Write QSNR against bits as .png or .svg."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,

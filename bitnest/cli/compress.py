@@ -43,7 +43,7 @@ def command(
     ),
     damp: float = typer.Option(0.03, "--damp", help="Share of mean diag(H) added to it."),
     clip: bool = typer.Option(True, "--clip/--no-clip", help="Search the clipping of every scale."),
-    seed: int = typer.Option(0, "--seed", help="Choice of calibration windows."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Choice of calibration windows."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
     compute: str = typer.Option(
