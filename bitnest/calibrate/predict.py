@@ -16,7 +16,8 @@ Fitted by least squares of log KL, with a weak pull of the a_k towards each othe
 a few probes suffice.
 
 The error bar is the standard deviation of log(measured / predicted) when each probe is predicted
-by a fit to the others.
+by a fit to the others, and in squares with it the relative standard error of the probes' KL over
+the windows they were measured on, which no fit can see: all probes share them.
 
 Without gradients (importance `probes`) a site's loss is its output error, scaled so that
 the probe that perturbed only its layer and kind comes out as measured:
@@ -46,8 +47,8 @@ LEAST = 1e-12  # nats: below it a KL is rounding
 
 @dataclass(frozen=True)
 class Prediction:
-    """KL of one plan. kl: label -> nats per token. low, high: one standard error each way, as
-    factors of kl. raw: label -> sum of losses before calibration."""
+    """KL of one plan. kl: label -> nats per token. raw: label -> sum of losses before calibration.
+    error: one standard error of log kl, of every label; infinite if no probe was measured."""
 
     kl: dict[str, float]
     raw: dict[str, float]
