@@ -101,9 +101,12 @@ def short(value: float | None, digits: int = 3) -> str:
     if value is None or not finite(value):
         return MISSING
     size = abs(value)
-    if size >= 1e15 or 0 < size < 0.5 * 10.0 ** -(digits + 1):
+    if size >= 1e15 or 0 < size < 1e-3:
+        after = max(digits - 2, 0)
         decade = 10.0 ** math.floor(math.log10(size))
-        factor = f"{value / decade:.{max(digits - 2, 0)}f}".removesuffix(".0")
+        if round(size / decade, after) >= 10:
+            decade *= 10
+        factor = f"{value / decade:.{after}f}".removesuffix(".0")
         return (
             power(decade) if factor == "1" else f"{factor}·{power(decade)}".replace("-", MINUS, 1)
         )
