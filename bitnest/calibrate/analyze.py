@@ -14,6 +14,7 @@ beyond that their diagonal has to do, which is said in the header ("hessian") an
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -439,6 +440,7 @@ class _Run:
                     "label": label,
                     "length": calibration.tokens.shape[1],
                     "fitted": i not in self.held,
+                    "sha256": _hash(calibration.tokens[i]),
                 }
                 for i, label in enumerate(calibration.labels)
             ],
@@ -450,6 +452,7 @@ class _Run:
             "options": self.writer.fingerprint["options"],
             "method": job.recipe.method if self.full else "rtn",
             "min_tokens": job.recipe.min_tokens,
+            "compute": self.writer.fingerprint["compute"],
             "probes": [
                 {
                     "plan": [plan.get(name) for name in names],
@@ -463,6 +466,11 @@ class _Run:
             "seconds": seconds,
             "fingerprint": self.writer.fingerprint,
         }
+
+
+def _hash(tokens: torch.Tensor) -> str:
+    """Of one window, so that a merger can tell the same one again."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def _middle(formats: Sequence[PackedFormat]) -> int:
