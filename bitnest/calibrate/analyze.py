@@ -161,14 +161,7 @@ class _Run:
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip, half
         )
         self.sites = [site for site in job.sites if site.kind != "router"]
-        self.passes = self._passes()
-        self.full = analysis.hessian != "diagonal" and self.passes <= MAX_PASSES
-        self.full &= bool(analysis.formats) or analysis.keep_hessians  # nothing else needs them
-        if analysis.keep_hessians and not self.full:
-            raise RecipeError(
-                "memory does not allow the full Hessians that are to be kept",
-                hint="--hessian full to sum them all the same, more --memory, or diagonals",
-            )
+        self.full, self.passes = self._plan_hessians()
         self.held = self._held_out()
         self.fisher: Fisher | None = None
 
@@ -344,25 +337,48 @@ class _Run:
         size = math.ceil(experts / self.passes) if self.full else experts
         return [range(start, min(start + size, experts)) for start in range(0, experts, size)]
 
-    def _passes(self) -> int:
-        """Passes over a block in which its experts' Hessians fit."""
-        widths: dict[tuple[str, int, bool], int] = {}
+    def _plan_hessians(self) -> tuple[bool, int]:
+        """Whether full Hessians are summed, and in how many passes over a block's experts.
+
+        A quarter of what memory leaves is for them: of all labels, of every input of a block at
+        once, and of as many experts as fit; the working copies of one input's are counted too.
+        """
+        analysis, memory = self.analysis, self.job.memory
+        if analysis.hessian == "diagonal" or not (analysis.formats or analysis.keep_hessians):
+            return False, 1
+        inputs, experts = self._hessian_bytes()
+        limit = HESSIAN_BYTES + inputs if memory is None else max(self.budget.rest // 4, 1)
+        passes = math.ceil(experts / (limit - inputs)) if inputs < limit else MAX_PASSES + 1
+        passes = max(1, passes)
+        if passes <= MAX_PASSES:
+            return True, passes
+        need = (inputs + experts / MAX_PASSES) / 2**20
+        if analysis.hessian == "full":
+            log.warning("full Hessians take %.0f MiB and more, past the memory", need)
+            return True, MAX_PASSES
+        if analysis.keep_hessians:
+            raise RecipeError(
+                f"memory does not allow the full Hessians that are to be kept: {need:.0f} MiB",
+                hint="--hessian full to sum them all the same, more --memory, or diagonals",
+            )
+        log.info("full Hessians would take %.0f MiB: their diagonals do", need)
+        return False, 1
+
+    def _hessian_bytes(self) -> tuple[int, int]:
+        """Of the block that needs most: its linear layers' inputs, its experts' inputs."""
+        copies = 4 * (len(self.labels) + 2)
+        linears: dict[int, dict[tuple[str, int], int]] = {}
+        experts: dict[int, dict[tuple[str, int, bool], int]] = {}
         for site in self.sites:
-            if site.expert is not None and site.param != "weight":
-                key = (site.module, site.expert, site.param == "down_proj")
-                widths[key] = 4 * site.shape[1] ** 2 * (len(self.labels) + 2)
-        totals: dict[str, int] = {}
-        for (module, _, _), nbytes in widths.items():
-            totals[module] = totals.get(module, 0) + nbytes
-        memory = self.job.memory
-        limit = HESSIAN_BYTES if memory is None else max(self.budget.work, memory // 8)
-        passes = max(1, math.ceil(max(totals.values(), default=0) / limit))
-        if passes > MAX_PASSES and self.analysis.hessian == "full":
-            log.warning("full Hessians in %d passes, not %d: past the memory", MAX_PASSES, passes)
-            return MAX_PASSES
-        if passes > MAX_PASSES and self.analysis.hessian == "auto":
-            log.info("Hessians of a layer's experts need %d passes: their diagonals do", passes)
-        return passes
+            width = site.shape[1]
+            if site.param == "weight" or site.expert is None:
+                shared = (site.module.rpartition(".")[0], width)
+                linears.setdefault(site.layer, {})[shared] = copies * width**2
+            else:
+                own = (site.module, site.expert, site.param == "down_proj")
+                experts.setdefault(site.layer, {})[own] = copies * width**2
+        inputs = max((sum(i.values()) + max(i.values()) for i in linears.values()), default=0)
+        return inputs, max((sum(own.values()) for own in experts.values()), default=0)
 
     def _parameter(self, site: Site) -> torch.Tensor:
         return self.skeleton.model.get_parameter(site.path).data
@@ -379,7 +395,7 @@ class _Run:
         if self.analysis.importance == "probes":
             plans += group_plans(self.sites, _middle(formats))
         samples = self._windows(self.analysis.probe_windows, last=True)
-        return Probes(stream, plans, samples, self._parameter)
+        return Probes(stream, plans, samples, self._parameter, self.budget.hidden)
 
     def _probe_file(self, layer: int) -> Path:
         return self.writer.state / f"probes-{layer:05d}.safetensors"
@@ -396,7 +412,7 @@ class _Run:
         if not file.exists():
             return False
         for name, info in read_header(file).items():
-            probes.states[int(name)] = read_tensor(info)
+            probes.restore(int(name), read_tensor(info))
         return True
 
     def _measure(self, stream: Stream, probes: Probes) -> list[list[Measured]]:

@@ -103,6 +103,7 @@ def measure_fisher(
         prefix = f"{skeleton.prefix}.{layer}"
         skeleton.fill(prefix, dtype=stream.dtype, device=stream.device)
         _block(stream, layer, prefix, inputs.pop(), grads, labels, fisher.rows, count)
+        stream.forget()
         skeleton.drop(prefix)
         progress.step()
     total = predictions.clamp_min(1).double()
@@ -121,6 +122,7 @@ def _forward(stream: Stream, progress: Progress) -> list[torch.Tensor]:
         skeleton.fill(prefix, dtype=stream.dtype, device=stream.device)
         with reference_experts(m for m in block.modules() if is_experts(m)):
             stream.run(layer, keep=True)
+        stream.forget()
         skeleton.drop(prefix)
         progress.step()
     return inputs

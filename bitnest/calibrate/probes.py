@@ -1,10 +1,10 @@
 """Probes: random plans whose KL is measured, so that predictions can be held against the truth.
 
 A probe is a choice of one candidate format for every site. All probes pass through the model
-together with the base, block by block: while a block's sites are solved in every format, each
-probe keeps the weights it chose (`Probes.offer`), then its own hidden states go through the block
-with them (`Probes.advance`). At the end KL(base || probe) is measured on the probes' windows, per
-dataset.
+together with the base, block by block: while a block's sites are solved in every format, the
+weights that some probe chose are kept (`Probes.offer`), then each probe's own hidden states go
+through the block with its choice (`Probes.advance`). At the end KL(base || probe) is measured on
+the probes' windows, per dataset.
 
 How probes are drawn [ours]: a probe draws, for every kind of site, the coarsest format it allows,
 then shares of the remaining ones from a Dirichlet distribution (concentration DIRICHLET), then
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from bitnest.calibrate.collector import reference_experts
+from bitnest.calibrate.spill import Spill
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import Tail
 from bitnest.formats import PackedFormat
@@ -69,7 +70,8 @@ class Probes:
     states: number of a plan -> what its samples have become, from the first block it changes on.
 
     plans: as `draw_plans` gives. samples: numbers of the stream's samples that are measured.
-    parameter: gives a site's model parameter.
+    parameter: gives a site's model parameter. limit: bytes of weights in memory, None for all;
+    more go to a file.
     """
 
     def __init__(
@@ -78,42 +80,58 @@ class Probes:
         plans: Sequence[dict[str, int]],
         samples: Sequence[int],
         parameter: Callable[[Site], torch.Tensor],
+        limit: int | None = None,
     ) -> None:
         self.stream, self.plans, self.samples = stream, list(plans), list(samples)
         self.parameter = parameter
         self.states: dict[int, torch.Tensor] = {}
-        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in self.plans]
+        self._wanted = {choice for plan in self.plans for choice in plan.items()}
+        self._sites: dict[str, Site] = {}
+        self._weights = Spill(limit)
 
     def offer(self, site: Site, number: int, weight: torch.Tensor) -> None:
         """A site's weight in format `number`, (O, I), was computed."""
-        for plan, held in zip(self.plans, self._weights, strict=True):
-            if plan.get(site.name) == number:
-                if site.path not in held:
-                    parameter = self.parameter(site)
-                    held[site.path] = self.stream.allocate(tuple(parameter.shape)).copy_(parameter)
-                site.view(held[site.path]).copy_(weight)
+        if (site.name, number) in self._wanted:
+            self._sites[site.name] = site
+            self._weights.put((site.name, number), weight.to(self.parameter(site).dtype))
 
     def advance(self, layer: int) -> None:
         """Send every probe through block `layer`, which holds its own weights before and after; the
         stream's samples must not have passed it yet."""
-        for number, held in enumerate(self._weights):
-            if held or number in self.states:
+        for number, plan in enumerate(self.plans):
+            chosen = [site for name, site in self._sites.items() if name in plan]
+            if chosen or number in self.states:
                 if number not in self.states:
-                    self.states[number] = self.stream.hidden[self.samples].clone()
-                self._advance(layer, self.states[number], held)
-            held.clear()
+                    self.restore(number, self.stream.hidden[self.samples])
+                self._advance(layer, self.states[number], plan, chosen)
+        self._sites.clear()
+        self._weights.clear()
+        self.stream.forget()
 
-    def _advance(self, layer: int, states: torch.Tensor, held: dict[str, torch.Tensor]) -> None:
+    def restore(self, number: int, states: torch.Tensor) -> None:
+        """Take `states` (samples, length, hidden_size) for those of a probe."""
+        self.states[number] = self.stream.allocate(tuple(states.shape)).copy_(states)
+
+    def _advance(
+        self, layer: int, states: torch.Tensor, plan: dict[str, int], chosen: Sequence[Site]
+    ) -> None:
         stream, block = self.stream, self.stream.skeleton.blocks[layer]
-        parameters = {path: stream.skeleton.model.get_parameter(path) for path in held}
-        own = {path: parameter.data for path, parameter in parameters.items()}
-        for path, parameter in parameters.items():
-            parameter.data = held[path].to(stream.device)
-        with torch.no_grad(), reference_experts(m for m in block.modules() if is_experts(m)):
-            for i in range(len(states)):
-                states[i : i + 1] = stream.forward(layer, states[i : i + 1].to(stream.device))
-        for path, parameter in parameters.items():
-            parameter.data = own[path]
+        own: dict[str, torch.Tensor] = {}
+        try:
+            for site in chosen:
+                parameter = stream.skeleton.model.get_parameter(site.path)
+                if site.path not in own:
+                    own[site.path] = parameter.data
+                    parameter.data = parameter.data.clone()
+                weight = torch.empty(site.shape, dtype=parameter.dtype)
+                self._weights.copy_to((site.name, plan[site.name]), weight)
+                site.view(parameter.data).copy_(weight)
+            with torch.no_grad(), reference_experts(m for m in block.modules() if is_experts(m)):
+                for i in range(len(states)):
+                    states[i : i + 1] = stream.forward(layer, states[i : i + 1].to(stream.device))
+        finally:
+            for path, data in own.items():
+                stream.skeleton.model.get_parameter(path).data = data
 
     def measure(
         self,

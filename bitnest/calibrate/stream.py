@@ -11,14 +11,17 @@ outputs after the last block.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bitnest.calibrate.spill import forget
 from bitnest.errors import UnsupportedModel
 from bitnest.skeleton import Skeleton
 
@@ -68,7 +71,8 @@ class Stream:
         self.dtype = dtype
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self._calls: dict[int, list[_Call]] = {}
-        self._limit = memory_limit
+        self._limit, self._held = memory_limit, 0
+        self._mapped: list[weakref.ref[torch.Tensor]] = []
         self.tuple_output = False
         self._parts = list(_batches(len(tokens), self.batch, labels))
         self._embed(tokens, singles)
@@ -111,6 +115,7 @@ class Stream:
                 self.hidden[part] = output
             if after_batch is not None:
                 after_batch()
+        self.forget()
 
     def _embed(self, tokens: torch.Tensor, singles: bool) -> None:
         skeleton = self.skeleton
@@ -208,17 +213,28 @@ class Stream:
                 )
 
     def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Storage for states: in memory, or above the limit in a file that vanishes with it."""
-        count = 1
-        for dim in shape:
-            count *= dim
-        if self._limit is None or count * self.dtype.itemsize <= self._limit:
+        """Storage for states: in memory, or above the limit of all in a file that vanishes with
+        it."""
+        count = math.prod(shape)
+        nbytes = count * self.dtype.itemsize
+        if self._limit is None or self._held + nbytes <= self._limit:
+            self._held += nbytes
             return torch.empty(shape, dtype=self.dtype)
         with tempfile.NamedTemporaryFile(prefix="bitnest-hidden-") as file:
             # allocated, not sparse: a full disk is an error here, not a bus error later
-            os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)
+            os.posix_fallocate(file.fileno(), 0, nbytes)
             mapped = torch.from_file(file.name, shared=True, size=count, dtype=self.dtype)
-            return mapped.view(shape)
+        states = mapped.view(shape)
+        self._mapped.append(weakref.ref(states))
+        return states
+
+    def forget(self) -> None:
+        """Let go of pages of states that lie in files: they would count as the process's own."""
+        self._mapped = [ref for ref in self._mapped if ref() is not None]
+        for ref in self._mapped:
+            states = ref()
+            if states is not None:
+                forget(states)
 
     @property
     def tokens(self) -> int:

@@ -26,10 +26,12 @@ class Budget:
     """What may be held at once.
 
     hidden: bytes of hidden states in memory, None for all. work: bytes for one chunk of experts.
+    rest: bytes that the process and one block leave of the bound; 0 without one.
     """
 
     hidden: int | None
     work: int
+    rest: int = 0
 
     @classmethod
     def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
@@ -52,7 +54,7 @@ class Budget:
                 f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
                 hint=f"--memory {enough:.1f}GiB or more",
             )
-        return cls(rest // 8, min(WORK, rest // 2))
+        return cls(rest // 8, min(WORK, rest // 2), rest)
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
         """How many experts of a layer are solved at once."""
