@@ -415,16 +415,16 @@ def write_report(statistics: str | Path) -> dict[str, Any]:
 
 
 def merge_statistics(parts: Sequence[str | Path], out: str | Path) -> Statistics:
-    """Add up statistics of one model measured on several parts of the data, into `out`.
+    """Add up statistics of one model measured on several parts of the data, into `out`, with the
+    report of their sum: both or nothing.
 
     Raises:
-        StatisticsError: they do not fit together.
+        StatisticsError: they do not fit together, or one is damaged.
     """
     from bitnest.statistics import Statistics, merge
 
-    merged = merge([Statistics.open(part) for part in parts], Path(out).absolute())
-    write_report(merged.path)
-    return merged
+    opened = [Statistics.open(part) for part in parts]
+    return merge(opened, Path(out).absolute(), lambda merged: write_report(merged.path))
 
 
 def export(

@@ -224,10 +224,12 @@ def make(
         for n in range(blocks)
     ]
     starved = [
-        {"layer": layer["layer"], "expert": e, "tokens": t, "lean": 1 - t / 2048,
-         "fallback": f"{100 * (1 - t / 2048):.0f} % of its Hessian is the layer's inputs"}
+        {"layer": layer["layer"], "expert": e, "tokens": t, "fitted": 3 * t // 4,
+         "minimum": {"up": 2048, "down": 1024},
+         "lean": {"up": 1 - 3 * t // 4 / 2048, "down": max(0, 1 - 3 * t // 4 / 1024)},
+         "fallback": "the Hessian of gate and up is 40 % the layer's inputs"}
         for layer in layers
-        for e, t in enumerate(map(sum, zip(*layer["tokens"], strict=True))) if t < 2048
+        for e, t in enumerate(map(sum, zip(*layer["tokens"], strict=True))) if 3 * t // 4 < 2048
     ]  # fmt: skip
     counts = [sum(layer["tier"].count(t) for layer in layers) for t in range(4)]
     points = []
@@ -240,7 +242,7 @@ def make(
     return {
         "version": 1, "bitnest": "0.1", "model": "books-moe", "architecture": "Qwen3MoeForCausalLM",
         "parameters": 22170000, "bytes": 44340000, "blocks": blocks, "labels": list(labels),
-        "length": 512, "seed": seed, "seconds": 95.1,
+        "length": 512, "lengths": [512], "seed": seed, "seconds": 95.1,
         "data": [
             {"label": label, "source": f"data/text/{label}_valid.txt", "documents": 3 + i,
              "duplicates": i, "samples": 22, "tokens": 11264, "available": 500000,
@@ -261,7 +263,7 @@ def make(
                        "error": 0.12, "probes": 16, "points": points},
         "offloading": _offloading(random, layers),
         "coverage": {
-            "minimum": 2048, "experts": blocks * experts,
+            "minimum": 2048, "minima": [2048], "held": 3, "experts": blocks * experts,
             "covered": blocks * experts - len(starved), "starved": starved,
             "drawn": {"windows": 12, "rounds": 2},
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import combinations
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from bitnest import api
 from bitnest.calibrate.branching import beam_step, imbalance, level, resample
-from bitnest.calibrate.coverage import coverage_section, lean, routed_tokens, window_counts
+from bitnest.calibrate.coverage import lean, routed_tokens, window_counts
 from bitnest.calibrate.covering import Covered, Pool, candidate_windows, draw_until_covered
 from bitnest.calibrate.data import CalibrationSet, DataSource, calibration_windows
 from bitnest.calibrate.ebss import Generated, ebss
+from bitnest.calibrate.sensitivity import LayerInputs
 from bitnest.calibrate.stream import Stream
+from bitnest.calibrate.summary.coverage import Seen, coverage_section
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, DataError, RecipeError, UnsupportedModel
 from bitnest.packed.loading import load_model, load_tokenizer
@@ -272,26 +276,81 @@ def test_missing_source_of_candidates_is_named(tiny: Builder, text: Path) -> Non
 
 
 def test_section_names_every_starved_expert_and_its_fallback() -> None:
-    found = coverage_section({3: [0, 1, 255, 256], 0: torch.tensor([64, 900])}, 256, windows=4,
-                             rounds=2)  # fmt: skip
+    wide, narrow = {"up": 256, "down": 256}, {"up": 256, "down": 64}
+    found = coverage_section(
+        [Seen(3, [9, 1, 300, 256], [0, 1, 255, 256], wide), Seen(5, [0, 80], [0, 64], narrow)],
+        held=2, windows=4, rounds=2,
+    )  # fmt: skip
     assert found is not None
-    assert (found["minimum"], found["experts"], found["covered"]) == (256, 6, 2)
+    assert (found["minimum"], found["minima"], found["held"]) == (256, [256], 2)
+    assert (found["experts"], found["covered"]) == (6, 1)
     assert found["drawn"] == {"windows": 4, "rounds": 2}
-    told = {(s["layer"], s["expert"]): (s["tokens"], s["lean"], s["fallback"])
-            for s in found["starved"]}  # fmt: skip
-    assert told[0, 0] == (64, 0.75, "75 % of its Hessian is the layer's inputs")
-    assert told[3, 0] == (0, 1.0, "no token reached it: its whole Hessian is the layer's inputs")
-    assert told[3, 1][2].startswith("99 %")  # 99.6 % is not all of it
-    assert told[3, 2][2].startswith("1 %")
-    assert len(told) == 4
+    told = {(s["layer"], s["expert"]): s for s in found["starved"]}
+    assert {key: (s["tokens"], s["fitted"]) for key, s in told.items()} == {
+        (3, 0): (9, 0), (3, 1): (1, 1), (3, 2): (300, 255), (5, 0): (0, 0), (5, 1): (80, 64),
+    }  # fmt: skip
+    assert told[5, 1]["minimum"] == narrow and told[5, 1]["lean"] == {"up": 0.75, "down": 0.0}
+    assert told[5, 1]["fallback"] == "the Hessian of gate and up is 75 % the layer's inputs"
+    alone = "reached it: the layer's inputs alone"
+    assert told[5, 0]["fallback"] == f"no token {alone}"
+    assert told[3, 0]["fallback"] == f"only held-out windows {alone}"
+    assert "are 99 %" in told[3, 1]["fallback"]  # 99.6 % is not all of it
+    assert "are 1 %" in told[3, 2]["fallback"]
+
+
+def test_both_inputs_may_lean_each_by_its_own_width() -> None:
+    found = coverage_section([Seen(0, [32], [32], {"up": 64, "down": 128})])
+    assert found is not None and found["starved"][0]["lean"] == {"up": 0.5, "down": 0.75}
+    assert found["starved"][0]["fallback"] == (
+        "the Hessian of gate and up is 50 %, that of down is 75 % the layer's inputs"
+    )
 
 
 def test_section_of_a_model_without_experts_is_missing_and_of_a_covered_one_is_empty() -> None:
-    assert coverage_section({}, 256) is None
-    whole = coverage_section({0: [300, 20]}, {0: 20})
+    assert coverage_section([]) is None
+    same = {"up": 20, "down": 20}
+    whole = coverage_section([Seen(0, [300, 20], [300, 20], same)])
     assert whole is not None and whole["starved"] == [] and whole["covered"] == 2
-    with pytest.raises(RecipeError):
-        coverage_section({0: [1]}, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"hessian": "diagonal"}, {"min_tokens": 90}], ids=str)
+def test_coverage_is_what_fitting_leaned_by(
+    options: dict[str, Any], tiny: Builder, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Held-out windows, and inputs of gate, up and down of different width."""
+    applied: list[tuple[int, str, int, int]] = []
+    solver = LayerInputs.lean
+
+    def lean_and_tell(self: Any, own: torch.Tensor, count: int, expert: int, down: bool) -> None:
+        minimum = self.options.min_tokens or own.shape[0]
+        applied.append((expert, "down" if down else "up", count, minimum))
+        solver(self, own, count, expert, down)
+
+    monkeypatch.setattr(LayerInputs, "lean", lean_and_tell)
+    found = api.analyze(
+        tiny("qwen3_moe", "eight", num_experts=8), tmp_path / "s", data=[str(text)], samples=8,
+        length=16, formats=["int4-g32"], importance="loss", probes=2, probe_windows=2, **options,
+    )  # fmt: skip
+    coverage = json.loads((found.path / "report.json").read_text("utf-8"))["coverage"]
+    told = {
+        (s["layer"], s["expert"], part): (s["fitted"], s["minimum"][part], s["lean"][part])
+        for s in coverage["starved"] for part in ("up", "down")
+    }  # fmt: skip
+    layers = [n for n in range(len(found.layers)) for _ in range(len(applied) // len(found.layers))]
+    did = {
+        (layer, expert, part): (count, minimum, lean(count, minimum))
+        for layer, (expert, part, count, minimum) in zip(layers, applied, strict=True)
+    }
+    leaning = {place[:2] for place, (*_, share) in did.items() if share > 0}
+    assert leaning and told == {place: own for place, own in did.items() if place[:2] in leaning}
+    assert coverage["covered"] == coverage["experts"] - len(leaning)
+    assert coverage["held"] == (0 if "hessian" in options else 2)
+    fewer = [s for s in coverage["starved"] if s["fitted"] < s["tokens"]]
+    assert bool(fewer) == ("hessian" not in options)
+    assert {minimum for _, minimum, _ in told.values()} == (
+        {90} if "min_tokens" in options else {40, 64}
+    )
 
 
 def test_lean_is_that_of_the_block_solver(tiny: Builder) -> None:

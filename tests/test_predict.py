@@ -159,7 +159,7 @@ def made_up(
         own = [site for site in sites if site.layer == layer]
         scale = torch.from_numpy(random.uniform(0.01, 0.1, (len(own), 1, len(labels))))
         step = torch.tensor([4.0**-2, 4.0**-4, 4.0**-8], dtype=torch.float64)
-        tokens = torch.tensor([[30, 10], [15, 45]][: len(labels)])
+        tokens = torch.tensor([[30, 10], [15, 45], [0, 0]][: len(labels)])
         record = {
             "layer": layer, "inputs": [], "sites": [asdict(site) for site in own],
             "experts": [{"name": f"model.layers.{layer}.experts", "experts": 2, "top_k": 1}],
@@ -168,12 +168,23 @@ def made_up(
             "sites.loss": scale * step[:, None],
             "sites.error": (scale.mean(2) * step).float(),
             "sites.output": torch.full((len(own),), 2.0 + layer, dtype=torch.float64),
+            **{f"columns.{site.name}": torch.ones(site.shape[1]) for site in own},
             "experts.0.up.tokens": tokens,
+            "experts.0.trace": torch.zeros(100, 1, dtype=torch.int32),
         })  # fmt: skip
+    importance = importance or {"kind": "kl", "predictions": [10] * len(labels)}
+    lengths = [100 - len(labels[1:]), *[1] * len(labels[1:])]
     found = writer.finish({
-        "labels": list(labels), "formats": list(FORMATS), "tokens": 100, "probes": list(probes),
-        "importance": importance or {"kind": "kl", "predictions": [10] * len(labels)},
-        "source": {}, "samples": {}, "hessian": {}, "options": {}, "data": {}, "fingerprint": {},
+        "bitnest": "", "model": "", "architecture": "", "labels": list(labels), "tokens": 100,
+        "source": {"sha256": "", "bytes": 0, "parameters": 0}, "data": [], "length": None,
+        "samples": [{"label": label, "length": length, "fitted": True, "sha256": label}
+                    for label, length in zip(labels, lengths, strict=True)],
+        "formats": list(FORMATS), "hessian": "full", "method": "gptq", "min_tokens": None,
+        "options": {"formats": list(FORMATS), "importance": importance["kind"],
+                    "keep_hessians": False, "method": "gptq", "damp": 0.03, "weighting": "gate",
+                    "min_tokens": None, "clip": True},
+        "compute": "float32", "importance": importance, "probes": list(probes), "drawn": None,
+        "seed": 0, "seconds": 0.0, "fingerprint": {},
     })  # fmt: skip
     writer.close()
     return found

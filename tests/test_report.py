@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,8 @@ from bitnest.calibrate.report.headline import half_load, specialists
 from bitnest.calibrate.report.inputs import boundaries, strip
 from bitnest.calibrate.report.router import bin_median
 from bitnest.calibrate.report.sensitivity import best_per_width, reference_format
+from bitnest.cli import main
+from bitnest.cli.analyze import print_analysis
 from bitnest.errors import ArtifactError
 from bitnest.html import Axis, Heat, Series, chart, heat, table, tag
 from bitnest.html.colour import DARK_RAMP, LIGHT_RAMP, hexadecimal, linear_rgb, ramp
@@ -209,11 +215,130 @@ def test_headline_says_what_the_figures_say(analysis: dict[str, Any]) -> None:
     best = analysis["domains"][0]
     assert f"expert {best['expert']} of layer {best['layer']}" in text
     starved = analysis["coverage"]["experts"] - analysis["coverage"]["covered"]
-    assert f"{starved} of 96 experts saw fewer than 2,048 tokens" in text
+    assert f"{starved} of 96 experts saw fewer than 2,048 tokens in windows that are not" in text
     assert "attention costs the most per parameter" in text
     assert "Offloading partly suits this model" in text
     assert "integers win as MXINT8 and NVINT4, floats win as MXFP6 and MXFP4" in text
     assert f"within a factor of {math.exp(0.12):.2f}" in text
+
+
+def told(analysis: dict[str, Any]) -> str:
+    return " ".join(read(render(analysis)).words)
+
+
+def printed(analysis: dict[str, Any], folder: Path, model: str | None = None) -> str:
+    """What the terminal shows of it."""
+    (folder / "report.json").write_text(json.dumps(analysis), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "1000")
+        with redirect_stdout(StringIO()) as out:
+            print_analysis(folder, False, model)
+    return out.getvalue()
+
+
+def test_most_concentrated_layer_is_the_one_of_least_entropy(analysis: dict[str, Any]) -> None:
+    text = copy.deepcopy(analysis)
+    one = [1.0, *[0.0] * 15]
+    for layer in text["layers"]:  # one expert takes more than half of each
+        layer["share"] = [[0.6, *[0.4 / 15] * 15]] * 3
+        layer["balance"] = [0.5, 0.6, 0.7]
+    text["layers"][4] |= {"share": [[0.6, 0.4, *one[2:]]] * 3, "balance": [0.2, 0.2, 0.2]}
+    said = "layer 4 is the most concentrated, with an evenness of 0.20"
+    assert {half_load(layer) for layer in text["layers"]} == {1} and said in told(text)
+    text["layers"][1]["balance"] = [0.2, 0.2, 0.2]
+    assert "layers 1 and 4 are the most concentrated" in told(text)
+
+
+def test_clearest_specialist_is_one_of_the_specialists(analysis: dict[str, Any]) -> None:
+    text = copy.deepcopy(analysis)
+    for layer in text["layers"]:
+        layer["share"] = [[1 / 16] * 16] * 3
+    rest = [0.9 / 15] * 15
+    text["layers"][2]["share"] = [[0.1, *rest], [0.01, *rest], [0.0, *rest]]
+    [(layer, expert, label, part)] = specialists(text)
+    assert (layer, expert, label) == (2, 0, "books") and part == pytest.approx(0.1 / 0.11)
+    best = text["domains"][0]
+    assert (best["layer"], best["expert"]) != (2, 0)
+    words = told(text)
+    assert "expert serves one domain (at least 80\N{NARROW NO-BREAK SPACE}% of its use)" in words
+    assert "The clearest is expert 0 of layer 2, with 90.9" in words
+    assert f"Use differs most for expert {best['expert']} of layer {best['layer']}" in words
+
+
+def test_dropping_an_expert_is_not_said_to_hurt_its_domain_first(analysis: dict[str, Any]) -> None:
+    words = told(analysis)
+    assert "hurts its domain first" not in words
+    assert "should hurt the data set it serves more than the one it is set against" in words
+
+
+def test_one_probe_gives_no_figure_of_error(analysis: dict[str, Any], tmp_path: Path) -> None:
+    lone = {**analysis["prediction"], "error": None, "probes": 1}
+    text = analysis | {"prediction": lone | {"points": lone["points"][:3]}}
+    words = told(text)
+    assert words.count("The prediction rests on one probe: nothing says how far it is off.") == 2
+    assert "within a factor" not in words and "shaded band" not in words
+    assert "fitted to 1 probe. Points are predicted without it." in words
+    assert 'class="band"' in render(analysis) and 'class="band"' not in render(text)
+    line = "predicted KL: it rests on one probe, so its error is unknown"
+    assert line in printed(text, tmp_path)
+    assert "(each of 16 probes predicted by the others)" in printed(analysis, tmp_path)
+
+
+def test_coverage_counts_what_hessians_saw(analysis: dict[str, Any], tmp_path: Path) -> None:
+    text = copy.deepcopy(analysis)
+    row = {"fallback": "the layer's", "minimum": {"up": 64, "down": 40}}
+    text["coverage"] |= {"minimum": 64, "minima": [64], "covered": 94, "starved": [
+        row | {"layer": 1, "expert": 5, "tokens": 80, "fitted": 48,
+               "lean": {"up": 0.25, "down": 0.0}},
+        row | {"layer": 3, "expert": 2, "tokens": 70, "fitted": 16,
+               "lean": {"up": 0.75, "down": 0.6}},
+    ]}  # fmt: skip
+    unheld = "in windows that are not held out for probes"
+    words = told(text)
+    assert f"2 of 96 experts saw fewer than 64 tokens {unheld} and lean" in words
+    assert "the least, expert 2 of layer 3, saw 16." in words
+    assert f"94 of 96 experts saw at least 64 tokens {unheld}." in words
+    cells = render(text).partition('id="coverage"')[2].partition("<tbody>")[2]
+    shown = [float(v) for v in re.findall(r'data-v="([^"]*)"', cells.partition("</tr>")[0])]
+    assert shown == [3, 2, 70, 16, 0.75, 0.6]
+    line = f"coverage: 94 of 96 experts saw 64 tokens {unheld}, with 12 windows added for it"
+    assert f"{line}; fewest: 3:2 16, 1:5 48. " in printed(text, tmp_path)
+    text["coverage"] |= {"held": 0, "minima": [40, 64]}
+    asked = "94 of 96 experts saw the 40 to 64 tokens that its layer asks for, with"
+    assert asked in printed(text, tmp_path)
+
+
+def test_merger_of_different_lengths_and_seeds_says_so(analysis: dict[str, Any]) -> None:
+    words = told(analysis | {"length": None, "lengths": [64, 128], "seed": None})
+    assert "Samples of 64 to 128 tokens, drawn with several seeds." in words
+    assert re.search(r"analysed in \S+ s, several seeds\.", words)
+    assert "Samples of 512 tokens, drawn with seed 0." in told(analysis)
+
+
+def test_only_analyze_knows_where_the_model_lies(analysis: dict[str, Any], tmp_path: Path) -> None:
+    best = analysis["domains"][0]
+    place = f"--without {best['layer']}:{best['expert']})"
+    assert f"(bitnest eval MODEL {place}" in printed(analysis, tmp_path)
+    assert f"(bitnest eval models/m {place}" in printed(analysis, tmp_path, "models/m")
+
+
+def test_probes_without_importance_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"bitnest analyze demo -o {tmp_path}/s --importance none --probes 12 --format int4-g128"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(SystemExit) as stop:
+        main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "where: --importance none --probes 12" in err
+    assert "hint: leave out one of the two" in err and not (tmp_path / "s").exists()
+
+
+def test_long_names_may_break_and_short_ones_do_not() -> None:
+    name = "hub:HuggingFaceFW/fineweb-edu:sample-10BT@train"
+    page = table([Column("source")], [(name,), ("books.txt",)])
+    assert "<td>books.txt</td>" in page and 'class="long">hub:<wbr>HuggingFaceFW/<wbr>' in page
+    assert "".join(read(page).words) == f"source{name}books.txt"
 
 
 def test_spearman_of_ties_and_of_constants() -> None:
@@ -288,6 +413,12 @@ def test_ticks_are_round_and_inside() -> None:
     assert linear_ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert log_ticks(1e-4, 1, 5) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
     assert log_ticks(1.5, 8) == pytest.approx([2, 3, 5])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.59, 1.65), (0.7, 1.4), (3.1, 9.9), (0.9, 1.1)])
+def test_a_short_log_axis_has_ticks_enough_to_read_it(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 3 <= len(ticks) <= 10 and all(low <= t <= high for t in ticks)
 
 
 def test_colours_match_known_values_and_lightness_is_monotonic() -> None:

@@ -55,9 +55,9 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
     return done
 
 
-def measure(text: str, folder: Path, *options: str) -> dict[str, Any]:
+def measure(text: str, folder: Path, *options: str, probe: str = PROBE) -> dict[str, Any]:
     page = folder / "probed.html"
-    page.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    page.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
     dom = browse(page, folder / "profile", "--dump-dom", *options).stdout
     found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.S)
     assert found, dom[-500:]
@@ -71,6 +71,28 @@ def test_every_drawing_has_a_size_and_scripts_run_clean(maker: Any, tmp_path: Pa
     assert result["empty"] == 0
     assert result["buttons"] > 5 and result["sorted"] == 1
     assert result["overflow"] <= 0
+
+
+WIDE = """<script>
+const wide = [...document.querySelectorAll(".scroll")].filter((s) => s.scrollWidth > s.clientWidth);
+const pre = document.createElement("pre");
+pre.id = "probe";
+pre.textContent = JSON.stringify({tables: document.querySelectorAll(".scroll").length,
+  wide: wide.map((s) => s.closest("section").id)});
+document.body.append(pre);
+</script>"""
+
+
+def test_tables_fit_a_page_of_1200_pixels(tmp_path: Path) -> None:
+    analysis = make(experts=128)
+    analysis["data"][0]["source"] = "hub:HuggingFaceFW/fineweb-edu:sample-10BT@train"
+    analysis["data"][1]["source"] = "/home/somebody/calibration/text/code_valid.jsonl"
+    for i, site in enumerate(analysis["sensitivity"]["sites"]):
+        end = "self_attn.q_proj" if site["expert"] is None else f"mlp.experts.{i % 128}.down_proj"
+        site["name"] = f"model.layers.{site['layer'] + 10}.{end}"
+    text = render(analysis)
+    result = measure(text, tmp_path, "--window-size=1200,2000", probe=WIDE)
+    assert result["tables"] > 8 and result["wide"] == []
 
 
 def test_narrow_page_does_not_scroll_sideways(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from bitnest import api, statistics
 from bitnest.calibrate.predict import Predictor, site_losses
 from bitnest.errors import ArtifactError, BitnestError, StatisticsError
+from bitnest.safetensors_io import entry, write_file
 from bitnest.statistics import HEADER, Statistics, merge
 from bitnest.workdir import partial_directory
 from tests.tiny import Builder, words
@@ -40,6 +41,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     for seed, name in enumerate(("books", "code", "wiki", "more")):
         found[name] = root / f"{name}.txt"
         found[name].write_text(words(1500, seed=seed), encoding="utf-8")
+    found["short"] = root / "short.txt"
+    found["short"].write_text(words(150, seed=9), encoding="utf-8")
     return found
 
 
@@ -335,6 +338,7 @@ def refuse(parts: list[Statistics], out: Path, match: str) -> BitnestError:
         ({"method": "rtn"}, "options"),
         ({"probes": 2}, "options"),
         ({"min_tokens": 7}, "options"),
+        ({"compute": "bfloat16"}, "compute types"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
@@ -367,9 +371,97 @@ def test_what_would_count_double_under_another_name_is_refused(
 ) -> None:
     a, b = analyse("books"), analyse("code", seed=1)
     copy = Statistics.open(shutil.copytree(a.path, tmp_path / "copy"))
-    refuse([a, copy], tmp_path / "out", "same windows")
+    refuse([a, copy], tmp_path / "out", "4 of 4 windows .* under books")
     both = merge([a, b], tmp_path / "both")
-    refuse([both, a], tmp_path / "out", "same windows")
+    error = refuse([both, a], tmp_path / "out", "4 of 8 windows .* under books")
+    assert str(both.path) in error.where and str(a.path) in error.where
+
+
+def test_another_seed_over_the_same_text_draws_windows_again(
+    analyse: Analyse, tmp_path: Path
+) -> None:
+    """The draws differ, some of their windows do not; parts without one in common are not named."""
+    a, b = (analyse("short", samples=6, seed=seed) for seed in (0, 1))
+    own = [{item["sha256"] for item in part.header["samples"]} for part in (a, b)]
+    assert 6 < len(own[0] | own[1]) < 12
+    assert a.header["data"][0]["sha256"] != b.header["data"][0]["sha256"]
+    named = f"{len(own[0] & own[1])} of {4 + len(own[0] | own[1])} windows .* under short\n"
+    other = analyse("code")
+    error = refuse([a, other, b], tmp_path / "out", named)
+    assert str(a.path) in error.where and str(other.path) not in error.where
+    assert "another text" in error.hint
+
+
+def test_windows_drawn_for_coverage_count_double_too(analyse: Analyse, tmp_path: Path) -> None:
+    options = {"cover": "data", "min_tokens": 200, "cover_limit": 8}
+    a, b = analyse("books", **options), analyse("code", seed=1, **options)
+    copy = shutil.copytree(b.path, tmp_path / "copy")
+    drawn = next(item for item in a.header["samples"] if item["label"] == "cover")
+    edit(copy, samples=[*b.header["samples"][:-1], drawn])
+    refuse([a, Statistics.open(copy)], tmp_path / "out", "1 of .* windows .* under cover")
+
+
+def test_a_window_that_repeats_within_one_part_is_no_overlap(
+    analyse: Analyse, copy: Path, tmp_path: Path
+) -> None:
+    """`analyze` counts it under `repeated`, and the part holds it that often."""
+    samples = Statistics.open(copy).header["samples"]
+    edit(copy, samples=[samples[0]] * len(samples))
+    merged = merge([Statistics.open(copy), analyse("code")], tmp_path / "merged")
+    assert merged.header["tokens"] == 8 * 32
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_part_is_not_summed_and_sealed(
+    place: int, analyse: Analyse, tmp_path: Path
+) -> None:
+    parts = [analyse("books"), analyse("code", seed=1)]
+    copy = shutil.copytree(parts[place].path, tmp_path / "copy")
+    flip(copy / "block-00002.safetensors")
+    parts[place] = Statistics.open(copy)
+    assert str(copy) in refuse(parts, tmp_path / "out", "block-00002").where
+
+
+@pytest.mark.parametrize("name", ["sites.loss", "experts.0.up.square"])
+def test_values_that_are_not_finite_are_not_summed(
+    name: str, analyse: Analyse, tmp_path: Path
+) -> None:
+    parts = [analyse("books"), analyse("code", seed=1)]
+    copy = shutil.copytree(parts[1].path, tmp_path / "copy")
+    replace(copy, 1, name, torch.full_like(parts[1].read(1, name), torch.nan))
+    parts[1] = Statistics.open(copy)
+    parts[1].verify()
+    assert str(copy) in refuse(parts, tmp_path / "out", f"'{name}' of block 1 .* not finite").where
+
+
+def test_a_merger_whose_report_fails_is_not_published(
+    analyse: Analyse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        assert Statistics.open(path).labels == ["books", "code"]
+        raise StatisticsError("no report of this", hint="none")
+
+    parts = [analyse("books"), analyse("code", seed=1)]
+    monkeypatch.setattr(api, "write_report", fail)
+    refuse(parts, tmp_path / "new" / "out", "no report of this")
+    assert not (tmp_path / "new").exists()
+
+
+def test_length_and_seed_of_a_merger_are_those_of_all_parts_or_null(
+    analyse: Analyse, tmp_path: Path
+) -> None:
+    short, long, other = analyse("books"), analyse("code", length=48), analyse("wiki", seed=1)
+    alike = api.merge_statistics([short.path, analyse("code").path], tmp_path / "alike")
+    assert alike.header["length"] == 32 and alike.header["seed"] == 0
+    lengths = api.merge_statistics([short.path, long.path], tmp_path / "lengths")
+    assert lengths.header["length"] is None and lengths.header["seed"] == 0
+    assert lengths.header["tokens"] == 4 * 32 + 4 * 48
+    seeds = api.merge_statistics([short.path, other.path], tmp_path / "seeds")
+    assert seeds.header["length"] == 32 and seeds.header["seed"] is None
+    all_of_them = merge([lengths, other], tmp_path / "all")
+    assert all_of_them.header["length"] is None and all_of_them.header["seed"] is None
+    content = api.inspect(all_of_them.path, verify=True)
+    assert content["length"] is None and content["verified"] == 2
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -419,9 +511,25 @@ def test_a_merger_that_was_cut_short_starts_again(
 
 
 def edit(path: Path, **values: Any) -> None:
-    """Change the header; None takes a key away."""
+    """Change the header."""
     header = {**json.loads((path / HEADER).read_text("utf-8")), **values}
-    (path / HEADER).write_text(json.dumps({k: v for k, v in header.items() if v is not None}))
+    (path / HEADER).write_text(json.dumps(header))
+
+
+def flip(file: Path) -> None:
+    """One bit of the last byte."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def replace(path: Path, layer: int, name: str, tensor: torch.Tensor) -> None:
+    """Another tensor in a block, with the checksum that goes with it."""
+    found = Statistics.open(path)
+    file = found.layers[layer]["file"]
+    tensors = {key: found.read(layer, key) for key in found.names(layer)} | {name: tensor}
+    size, digest = write_file(path / file, [entry(key, value) for key, value in tensors.items()])
+    edit(path, files={**found.header["files"], file: {"bytes": size, "sha256": digest}})
 
 
 @pytest.fixture
@@ -447,11 +555,148 @@ def test_a_damaged_header_is_said_to_be_damaged(content: str, copy: Path) -> Non
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("key", ["labels", "layers", "files", "probes", "importance", "source"])
+REQUIRED = (
+    "bitnest", "model", "architecture", "source", "labels", "data", "samples", "tokens", "length",
+    "formats", "hessian", "importance", "options", "method", "min_tokens", "compute", "probes",
+    "drawn", "seed", "seconds", "fingerprint", "layers", "files",
+)  # fmt: skip
+
+
+def test_every_key_of_the_header_is_required(analyse: Analyse) -> None:
+    assert {"version", *REQUIRED} == set(analyse("books").header)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
 def test_a_header_that_lacks_a_part_is_damaged(key: str, copy: Path) -> None:
-    edit(copy, **{key: None})
-    with pytest.raises(StatisticsError, match="damaged"):
+    header = json.loads((copy / HEADER).read_text("utf-8"))
+    del header[key]
+    (copy / HEADER).write_text(json.dumps(header))
+    damaged(copy, key)
+
+
+def set_at(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of the header: the value, the last argument, at the keys before it."""
+    *path, last, value = keys
+
+    def change(header: Any) -> None:
+        for key in path:
+            header = header[key]
+        header[last] = value
+
+    return change
+
+
+def drop_last(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: Any) -> None:
+        for key in keys:
+            header = header[key]
+        header.pop()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (set_at("labels", "books"), "labels"),
+        (set_at("labels", []), "labels"),
+        (set_at("labels", ["books", "code"]), "labels|samples"),
+        (set_at("labels", ["books", "books"]), "labels"),
+        (set_at("labels", 0, ["books"]), r"labels\[0\]"),
+        (set_at("samples", []), "samples"),
+        (set_at("samples", 0, {}), r"samples\[0\]"),
+        (set_at("samples", 0, "length", "32"), r"samples\[0\].length"),
+        (set_at("samples", 0, "length", -32), "tokens"),
+        (set_at("samples", 0, "label", "code"), "samples"),
+        (drop_last("samples"), "tokens"),
+        (set_at("tokens", "x"), "tokens"),
+        (set_at("tokens", True), "tokens"),
+        (set_at("tokens", 1), "tokens"),
+        (set_at("length", "32"), "length"),
+        (set_at("formats", list(FORMATS[:1])), "formats"),
+        (set_at("formats", []), "formats"),
+        (set_at("options", {}), "options"),
+        (set_at("options", "damp", None), "options.damp"),
+        (set_at("hessian", "none"), "hessian"),
+        (set_at("importance", {}), "importance"),
+        (set_at("importance", None), "importance"),
+        (set_at("importance", "kind", "probes"), "importance"),
+        (set_at("importance", "predictions", []), "importance"),
+        (set_at("probes", {}), "probes"),
+        (drop_last("probes", 0, "plan"), "probes"),
+        (set_at("probes", 0, "plan", 0, len(FORMATS)), "probes"),
+        (set_at("probes", 0, "plan", 0, -1), "probes"),
+        (set_at("probes", 0, "measured", 0, "label", 1), "probes"),
+        (set_at("probes", 0, "labels", ["code"]), "probes"),
+        (set_at("probes", 0, "labels", 1), "not iterable"),
+        (set_at("source", {}), "source"),
+        (set_at("data", ["books"]), "data"),
+        (set_at("seconds", None), "seconds"),
+        (set_at("files", {}), "files"),
+        (set_at("files", []), "files"),
+        (set_at("files", "block-00001.safetensors", {}), "block-00001"),
+        (set_at("layers", []), "probes"),
+        (drop_last("layers"), "probes"),
+        (set_at("layers", 0, "layer", 1), "layers"),
+        (set_at("layers", 0, "file", "../copy/block-00001.safetensors"), "files"),
+        (set_at("layers", 0, "file", "block-00002.safetensors"), "files"),
+        (set_at("layers", 0, "sites", 0, "shape", [64]), "layers"),
+        (set_at("layers", 0, "sites", 0, "rows", [0]), "layers"),
+        (set_at("layers", 0, "sites", 0, "rows", []), "layers"),
+        (set_at("layers", 0, "sites", -1, "expert", 4), "layers"),
+        (set_at("layers", 0, "sites", -1, "expert", None), "layers"),
+        (set_at("layers", 0, "sites", 0, "name", "x"), "columns.x"),
+        (set_at("layers", 0, "experts", []), "experts.0.trace"),
+        (drop_last("layers", 0, "inputs"), "inputs.*tokens"),
+        (set_at("layers", 0, "sites", 0, {}), r"layers\[0\].sites\[0\]"),
+        (set_at("layers", 0, "experts", 0, "experts", 9), "experts.0.up.tokens"),
+        (set_at("layers", 0, "experts", 0, "top_k", 3), "experts.0.trace"),
+        (set_at("layers", 0, "inputs", 0, "name", 0), r"inputs\[0\]"),
+    ],
+)  # fmt: skip
+def test_a_header_of_wrong_types_or_at_odds_with_itself_is_damaged(
+    change: Callable[[dict[str, Any]], None], named: str, copy: Path
+) -> None:
+    header = json.loads((copy / HEADER).read_text("utf-8"))
+    change(header)
+    (copy / HEADER).write_text(json.dumps(header))
+    damaged(copy, named)
+
+
+def damaged(path: Path, named: str) -> None:
+    with pytest.raises(StatisticsError, match=f"damaged.*({named})") as caught:
+        Statistics.open(path)
+    assert str(path) in caught.value.where and caught.value.hint
+
+
+def test_no_file_outside_the_directory_is_read(copy: Path, analyse: Analyse) -> None:
+    """Even if the header lists it, with the right size and checksum."""
+    header = json.loads((copy / HEADER).read_text("utf-8"))
+    name = f"../{copy.name}/block-00001.safetensors"
+    header["files"][name] = header["files"].pop("block-00001.safetensors")
+    header["layers"][0]["file"] = name
+    (copy / HEADER).write_text(json.dumps(header))
+    damaged(copy, "files")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("sites.error", (16, 3)), ("sites.loss", (16, 2, 2)), ("sites.loss", (15, 2, 1)),
+     ("inputs.0.tokens", (2,)), ("experts.0.trace", (4, 2))],
+)  # fmt: skip
+def test_tensors_of_other_axes_than_the_header_says_are_damage(
+    name: str, shape: tuple[int, ...], copy: Path
+) -> None:
+    replace(copy, 1, name, torch.zeros(shape))
+    damaged(copy, name)
+
+
+def test_a_block_whose_own_header_is_damaged_is_told_as_the_rest(copy: Path) -> None:
+    victim = copy / "block-00002.safetensors"
+    victim.write_bytes(b"\xff" * victim.stat().st_size)
+    with pytest.raises(StatisticsError, match="damaged") as caught:
         Statistics.open(copy)
+    assert victim.name in caught.value.where and caught.value.hint
 
 
 def test_another_version_is_named(copy: Path) -> None:
@@ -473,11 +718,21 @@ def test_a_missing_or_short_block_never_opens(damage: str, copy: Path) -> None:
 
 def test_a_flipped_bit_is_found_by_verify(copy: Path) -> None:
     victim = copy / "block-00001.safetensors"
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(data)
+    flip(victim)
     with pytest.raises(StatisticsError, match=victim.name):
         Statistics.open(copy).verify()
+
+
+def test_damaged_statistics_neither_predict_nor_take_another_format(
+    copy: Path, tiny: Builder, tmp_path: Path
+) -> None:
+    flip(copy / "block-00002.safetensors")
+    model, out = tiny("mixtral"), tmp_path / "out"
+    with pytest.raises(StatisticsError, match="block-00002"):
+        api.compress(model, out, format=FORMATS[0], statistics=copy)
+    with pytest.raises(StatisticsError, match="block-00002"):
+        api.analyze(model, out, reuse=copy, formats=("int3-g32",))
+    assert not out.exists() and not partial_directory(out).exists()
 
 
 @pytest.mark.parametrize("place", ["nothing", "empty", "file"])

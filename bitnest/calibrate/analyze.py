@@ -340,14 +340,15 @@ class _Run:
     def _plan_hessians(self) -> tuple[bool, int]:
         """Whether full Hessians are summed, and in how many passes over a block's experts.
 
-        A quarter of what memory leaves is for them: of all labels, of every input of a block at
-        once, and of as many experts as fit; the working copies of one input's are counted too.
+        What must fit are those of all labels, of every input of a block at once and of as many
+        experts as one pass takes, and the copies while one input's are solved.
         """
-        analysis, memory = self.analysis, self.job.memory
+        analysis, limit = self.analysis, self.budget.hessians
         if analysis.hessian == "diagonal" or not (analysis.formats or analysis.keep_hessians):
             return False, 1
         inputs, experts = self._hessian_bytes()
-        limit = HESSIAN_BYTES + inputs if memory is None else max(self.budget.rest // 4, 1)
+        if limit is None:
+            limit = HESSIAN_BYTES + inputs
         passes = math.ceil(experts / (limit - inputs)) if inputs < limit else MAX_PASSES + 1
         passes = max(1, passes)
         if passes <= MAX_PASSES:
@@ -366,7 +367,7 @@ class _Run:
 
     def _hessian_bytes(self) -> tuple[int, int]:
         """Of the block that needs most: its linear layers' inputs, its experts' inputs."""
-        copies = 4 * (len(self.labels) + 2)
+        copies = 4 * (len(self.labels) + 1)
         linears: dict[int, dict[tuple[str, int], int]] = {}
         experts: dict[int, dict[tuple[str, int, bool], int]] = {}
         for site in self.sites:

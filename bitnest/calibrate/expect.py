@@ -41,9 +41,11 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
     """What the statistics in `path` predict for formats by site name, fitted with `method`.
 
     Raises:
-        StatisticsError: not statistics, of another method, or without a format or site asked for.
+        StatisticsError: not statistics, damaged, of another method, or without a format or site
+            asked for.
     """
     statistics = Statistics.open(path)
+    statistics.verify()
     predictor = Predictor(statistics)
     measured = statistics.header["method"]
     if measured != method:

@@ -52,9 +52,11 @@ def extend(
     """`statistics` with `formats` appended to its candidates, into the directory `out`.
 
     Raises:
-        StatisticsError: of another model, without Hessians, or with one of the formats already.
+        StatisticsError: of another model, without Hessians, damaged, or with one of the formats
+            already.
     """
     _check(statistics, formats)
+    statistics.verify()
     progress.phase("checking weights", job.checkpoint.nbytes)
     source = job.checkpoint.scan(progress.step)
     if statistics.header["source"]["sha256"] != source:

@@ -104,9 +104,9 @@ class Probes:
                 if number not in self.states:
                     self.restore(number, self.stream.hidden[self.samples])
                 self._advance(layer, self.states[number], plan, chosen)
+                self.stream.forget()
         self._sites.clear()
         self._weights.clear()
-        self.stream.forget()
 
     def restore(self, number: int, states: torch.Tensor) -> None:
         """Take `states` (samples, length, hidden_size) for those of a probe."""
@@ -152,6 +152,7 @@ class Probes:
                 for i, states in self.states.items():
                     other = tail(window, states[j : j + 1].to(device))[:-1]
                     values[i, j] = mean_kl(base, other)
+                self.stream.forget()
                 step()
         own = torch.tensor([labels[sample] for sample in self.samples])
         return [[_summary(int(d), row[own == d]) for d in own.unique()] for row in values]

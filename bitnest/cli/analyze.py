@@ -104,6 +104,7 @@ def command(
     prepare_process()
     from bitnest import api
 
+    _check_probes(context, importance, probes)
     target = out or Path(f"{Path(model).name}-statistics")
     if reuse is not None:
         _check_reuse(context, reuse, format)
@@ -160,13 +161,25 @@ def _check_reuse(context: typer.Context, reuse: Path, formats: list[str]) -> Non
         )
 
 
+def _check_probes(context: typer.Context, importance: str, probes: int) -> None:
+    from bitnest.errors import RecipeError
+
+    if importance == "none" and probes and _was_given(context, "probes"):
+        raise RecipeError(
+            "probes calibrate predictions, and without importance there is nothing to predict from",
+            where=f"--importance none --probes {probes}",
+            hint="leave out one of the two",
+        )
+
+
 def _was_given(context: typer.Context, name: str | None) -> bool:
     source = context.get_parameter_source(name or "")
     return source is not None and source.name == "COMMANDLINE"
 
 
 def print_analysis(path: Path, json: bool, model: str | None = None) -> None:
-    """What report.json in `path` says, as JSON or in short. model: as the user names it."""
+    """What report.json in `path` says, as JSON or in short. model: as the user names it; None if
+    only statistics were named, which do not know where it lies."""
     import json as parser
 
     from bitnest.cli.render import print_json
@@ -182,7 +195,7 @@ def print_analysis(path: Path, json: bool, model: str | None = None) -> None:
     for table in tables:
         console.print(table)
         console.print()
-    for line in _sentences(analysis, model or analysis["model"]):
+    for line in _sentences(analysis, model or "MODEL"):
         console.print(line, highlight=False)
     console.print(
         f"statistics and report: {path}, measured in {analysis['seconds']:.1f} s", highlight=False
@@ -265,27 +278,34 @@ def _sentences(analysis: dict[str, Any], model: str) -> list[str]:
     lines.extend(_coverage(analysis["coverage"]))
     prediction = analysis["prediction"]
     if prediction is not None:
-        lines.append(
-            f"predicted KL: one standard error is a factor of {math.exp(prediction['error']):.2f} "
-            f"(each of {prediction['probes']} probes predicted by the others)"
-        )
+        lines.append(_error_bar(prediction))
     offloading = analysis["offloading"]
     if offloading is not None and offloading["top_k"]:
         lines.append(_caches(offloading))
     return lines
 
 
+def _error_bar(prediction: dict[str, Any]) -> str:
+    if prediction["error"] is None:
+        return "predicted KL: it rests on one probe, so its error is unknown (--probes 2 or more)"
+    return (
+        f"predicted KL: one standard error is a factor of {math.exp(prediction['error']):.2f} "
+        f"(each of {prediction['probes']} probes predicted by the others)"
+    )
+
+
 def _coverage(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
-    text = (
-        f"coverage: {found['covered']} of {found['experts']} experts saw {found['minimum']} tokens"
-    )
+    from bitnest.calibrate.report.common import asked, unheld
+
+    text = f"coverage: {found['covered']} of {found['experts']} experts saw {asked(found)}"
+    text += unheld(found)
     if found["drawn"]["windows"]:
         text += f", with {found['drawn']['windows']} windows added for it"
-    worst = sorted(found["starved"], key=lambda item: item["tokens"])[:NAMED]
+    worst = sorted(found["starved"], key=lambda item: item["fitted"])[:NAMED]
     if worst:
-        names = ", ".join(f"{i['layer']}:{i['expert']} {i['tokens']}" for i in worst)
+        names = ", ".join(f"{i['layer']}:{i['expert']} {i['fitted']}" for i in worst)
         text += f"; fewest: {names}. Their Hessians lean on the layer's inputs"
         text += "" if found["drawn"]["windows"] else " (--cover data helps)"
     return [text]

@@ -68,15 +68,22 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Powers of ten within `low..high`; with 2 and 5 between them where there is room."""
+    """Powers of ten within `low..high`; with 2 and 5 between them where there is room, and evenly
+    spaced ones where the range is too short for three of these."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = math.log10(high / low)
     if decades < 0.4:
-        return linear_ticks(low, high, about)
+        return _even_ticks(low, high, about)
     factors = (1, 2, 3, 5) if decades < 1.2 else (1, 2, 5) if decades < about / 2 else (1,)
     every = max(1, math.ceil(decades / about))
     candidates = [f * 10.0**e for e in range(first, last + 1) if e % every == 0 for f in factors]
-    return [t for t in candidates if low * 0.999 <= t <= high * 1.001]
+    found = [t for t in candidates if low * 0.999 <= t <= high * 1.001]
+    return found if len(found) > 2 or decades > 1.2 else _even_ticks(low, high, about)
+
+
+def _even_ticks(low: float, high: float, about: int) -> list[float]:
+    found = linear_ticks(low, high, about)
+    return found if len(found) > 2 else linear_ticks(low, high, 2 * about)
 
 
 def extent(values: Sequence[float], log: bool, zero: bool = False) -> tuple[float, float]:

@@ -105,7 +105,8 @@ color:var(--soft)}
 margin:14px 0 0}
 figure .scroll,details .scroll{margin:0 0 10px}figure .scroll{border:0;border-radius:0}
 table{border-collapse:collapse;width:100%;font-size:13px;line-height:1.4}
-th,td{padding:5px 12px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--guide)}
+th,td{padding:5px 10px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--guide)}
+td.long{white-space:normal;min-width:18ch}
 tbody tr:last-child td{border-bottom:0}
 th{white-space:normal;font-weight:600;color:var(--soft);border-bottom:1px solid var(--line);
 vertical-align:bottom}
@@ -113,7 +114,8 @@ tbody tr:hover td{background-color:var(--guide)}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 .bar-cell{background-image:linear-gradient(var(--fill),var(--fill));background-repeat:no-repeat;
 background-size:var(--w) 76%;background-position:right center}
-th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
+th button{font:inherit;color:inherit;text-align:inherit;
+background:none;border:0;padding:0;cursor:pointer}
 th button:hover{color:var(--ink)}
 th[aria-sort] button::after{content:" \\2193"}
 th[aria-sort=ascending] button::after{content:" \\2191"}

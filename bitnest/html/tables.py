@@ -6,12 +6,15 @@ script sorts; without the script the table is complete, in the order it was give
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bitnest.html.scales import MISSING, finite
 from bitnest.html.svg import Markup, join, tag
+
+SENTENCE, NAME = 20, 32  # characters from which words may stand in lines, without a space too
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def _heading(column: Column) -> Markup:
 
 def _cell(column: Column, value: Any, peak: float) -> Markup:
     if column.text is None:
-        return tag("td", MISSING if value is None else value)
+        return _words(MISSING if value is None else value)
     words = column.text(value) if value is not None else MISSING
     style = f"--w:{100 * abs(value) / peak:.1f}%" if peak and finite(value) else None
     return tag(
@@ -70,3 +73,13 @@ def _cell(column: Column, value: Any, peak: float) -> Markup:
         style=style,
         data_v=repr(float(value)) if finite(value) else None,
     )
+
+
+def _words(value: Any) -> Markup:
+    """A cell of words; long ones break, names and paths after signs that join their parts."""
+    text = str(value)
+    if isinstance(value, Markup) or len(text) < (SENTENCE if " " in text else NAME):
+        return tag("td", value)
+    parts = re.split(r"(?<=[/._:@])", text) if len(text) >= NAME else [text]
+    broken = [part for piece in parts for part in (tag("wbr"), piece)]
+    return tag("td", *broken[1:], class_="long")

@@ -26,12 +26,13 @@ class Budget:
     """What may be held at once.
 
     hidden: bytes of hidden states in memory, None for all. work: bytes for one chunk of experts.
-    rest: bytes that the process and one block leave of the bound; 0 without one.
+    hessians: bytes for Hessians that are kept beside hidden states and the work on the largest
+    matrix, None for all.
     """
 
     hidden: int | None
     work: int
-    rest: int = 0
+    hessians: int | None = None
 
     @classmethod
     def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
@@ -54,7 +55,7 @@ class Budget:
                 f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
                 hint=f"--memory {enough:.1f}GiB or more",
             )
-        return cls(rest // 8, min(WORK, rest // 2), rest)
+        return cls(rest // 8, min(WORK, rest // 2), rest - rest // 4 - matrix)
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
         """How many experts of a layer are solved at once."""

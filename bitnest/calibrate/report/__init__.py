@@ -8,7 +8,7 @@ there are. Nothing is measured here.
 
 from __future__ import annotations
 
-from bitnest.calibrate.report.common import Analysis, check
+from bitnest.calibrate.report.common import Analysis, check, seeds
 from bitnest.calibrate.report.data import data_section
 from bitnest.calibrate.report.headline import overview_section
 from bitnest.calibrate.report.inputs import crest_section, inputs_section
@@ -47,7 +47,7 @@ def render(analysis: Analysis) -> str:
     )
     footer = (
         f"bitnest {analysis['bitnest']}, analysed in {short(analysis['seconds'])} s, "
-        f"seed {analysis['seed']}. The same figures are in report.json."
+        f"{seeds(analysis['seed'])}. The same figures are in report.json."
     )
     sections = [build(analysis) for build in SECTIONS]
     return page(str(analysis["model"]), lead, sections, footer)

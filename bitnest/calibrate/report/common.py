@@ -16,7 +16,7 @@ T = TypeVar("T")
 VERSION = 1
 KEYS = (
     "version", "bitnest", "model", "architecture", "parameters", "bytes", "blocks", "labels",
-    "length", "seed", "seconds", "data", "layers", "domains", "rankings", "tiers",
+    "length", "lengths", "seed", "seconds", "data", "layers", "domains", "rankings", "tiers",
     "dynamic_channels", "inputs", "crest", "sensitivity", "prediction", "offloading", "coverage",
 )  # fmt: skip
 MOST_LABELS = 8  # data sets drawn with a colour of their own: the palette's size
@@ -133,6 +133,29 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: 1 expert, 2 experts."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def span(values: Iterable[int]) -> str:
+    """What they are: 256, or 128 to 256."""
+    known = sorted(values)
+    low, high = known[0], known[-1]
+    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def asked(coverage: Mapping[str, Any]) -> str:
+    """What an expert should see, which hangs on its layer's width."""
+    words = f"{span(coverage['minima'])} tokens"
+    return words if len(coverage["minima"]) == 1 else f"the {words} that its layer asks for"
+
+
+def unheld(coverage: Mapping[str, Any]) -> str:
+    """Which windows count, where not all do."""
+    return " in windows that are not held out for probes" if coverage["held"] else ""
+
+
+def seeds(seed: int | None) -> str:
+    """The seed of an analysis; merged parts may have had one each."""
+    return "several seeds" if seed is None else f"seed {seed}"
 
 
 def by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:

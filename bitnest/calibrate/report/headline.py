@@ -9,13 +9,26 @@ suits it partly from 60 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitnest.calibrate.report.common import Analysis, by, listed, mean, over_labels
+from bitnest.calibrate.report.common import (
+    Analysis,
+    asked,
+    by,
+    listed,
+    mean,
+    over_labels,
+    span,
+    unheld,
+)
 from bitnest.calibrate.report.inputs import _below
 from bitnest.calibrate.report.offloading import longest_window
-from bitnest.calibrate.report.sensitivity import prediction_quality, reference_format
+from bitnest.calibrate.report.sensitivity import (
+    LONE_PROBE,
+    prediction_quality,
+    reference_format,
+)
 from bitnest.html import Section, tag
 from bitnest.html.figures import cards
 from bitnest.html.scales import MINUS, TIMES, percent, short, whole
@@ -78,14 +91,22 @@ def _use(analysis: Analysis) -> Said:
     low, high = min(halves), max(halves)
     span = f"{low} to {high}, layer by layer" if low != high else "in every layer"
     card = (f"{short(average)} of {short(experts)}", "experts take half of the tokens", span)
-    at = layers[halves.index(low)]["layer"]
     return card, (
         f"Use is uneven: {short(average)} of {short(experts)} experts take half of a layer's slots "
-        f"on average (even use would need {short(experts / 2)}); layer {at} is the most "
-        f"concentrated with {low}."
+        f"on average (even use would need {short(experts / 2)}); {_concentrated(layers)}."
     ) if average < 0.42 * experts else (
         f"Use is close to even: {short(average)} of {short(experts)} experts take half of a "
         f"layer's slots (even use would need {short(experts / 2)})."
+    )
+
+
+def _concentrated(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The layers of least entropy; many may need as few experts for half."""
+    even = [mean(layer["balance"]) or 0.0 for layer in layers]
+    names = [str(layer["layer"]) for layer, e in zip(layers, even, strict=True) if e == min(even)]
+    verb = "layer {} is" if len(names) == 1 else "layers {} are"
+    return (
+        f"{verb.format(listed(names))} the most concentrated, with an evenness of {min(even):.2f}"
     )
 
 
@@ -99,15 +120,20 @@ def _domains(analysis: Analysis) -> Said:
         if found
         else "none"
     )
-    card = (whole(len(found)), "experts serve one domain", per)
-    sentence = (
-        f"{whole(len(found))} experts serve one domain (at least {percent(ONE_DOMAIN, 0)} of their "
-        f"use): {per}." if found else "No expert serves one domain alone."
-    )  # fmt: skip
+    serve, whose = ("expert serves", "its") if len(found) == 1 else ("experts serve", "their")
+    card = (whole(len(found)), f"{serve} one domain", per)
+    sentence = "No expert serves one domain alone."
+    if found:
+        layer, expert, label, part = found[0]
+        sentence = (
+            f"{whole(len(found))} {serve} one domain (at least {percent(ONE_DOMAIN, 0)} of "
+            f"{whose} use): {per}. The clearest is expert {expert} of layer {layer}, with "
+            f"{percent(part)} of its use on {label}."
+        )
     if analysis["domains"]:
         d = analysis["domains"][0]
         sentence += (
-            f" The clearest is expert {d['expert']} of layer {d['layer']}: it takes "
+            f" Use differs most for expert {d['expert']} of layer {d['layer']}: it takes "
             f"{percent(d['share'].get(d['label']))} of the slots on {d['label']}, "
             f"{percent(d['share'].get(d['other']))} on {d['other']}."
         )
@@ -119,15 +145,19 @@ def _starved(analysis: Analysis) -> Said:
     if not found:
         return None, ""
     starved = found["experts"] - found["covered"]
-    card = (whole(starved), "experts are starved", f"under {whole(found['minimum'])} tokens")
+    card = (
+        whole(starved),
+        "expert is starved" if starved == 1 else "experts are starved",
+        f"under {span(found['minima'])} tokens",
+    )
     if not starved:
-        return card, f"Every expert saw at least {whole(found['minimum'])} tokens."
-    least = min(found["starved"], key=lambda s: s["tokens"]) if found["starved"] else None
+        return card, f"Every expert saw at least {asked(found)}{unheld(found)}."
+    least = min(found["starved"], key=lambda s: s["fitted"]) if found["starved"] else None
     tail = (f"; the least, expert {least['expert']} of layer {least['layer']}, saw "
-            f"{whole(least['tokens'])}" if least else "")  # fmt: skip
+            f"{whole(least['fitted'])}" if least else "")  # fmt: skip
     return card, (
-        f"{whole(starved)} of {whole(found['experts'])} experts saw fewer than "
-        f"{whole(found['minimum'])} tokens and lean on their layer's inputs{tail}."
+        f"{whole(starved)} of {whole(found['experts'])} experts saw fewer than {asked(found)}"
+        f"{unheld(found)} and {'leans' if starved == 1 else 'lean'} on the layer's inputs{tail}."
     )
 
 
@@ -233,8 +263,10 @@ def _predicts(analysis: Analysis) -> Said:
         p for p in (found["points"] if found else [])
         if (p["predicted"] or 0) > 0 and (p["measured"] or 0) > 0
     ]  # fmt: skip
-    if not found or not points or found["error"] is None:
+    if not found or not points:
         return None, ""
+    if found["error"] is None:
+        return None, LONE_PROBE
     agreement, _ = prediction_quality(points)
     factor = math.exp(found["error"])
     card = (

@@ -8,11 +8,13 @@ from typing import Any
 from bitnest.calibrate.report.common import (
     NO_EXPERTS,
     Analysis,
+    asked,
     missing,
     plural,
     some_of,
     spread,
     totals,
+    unheld,
 )
 from bitnest.html import (
     Axis,
@@ -35,6 +37,7 @@ from bitnest.html.scales import TIMES, percent, short, whole
 
 CURVES = 24  # layers
 STARVED = 40
+BORROWED = "share of the Hessian that is the layer's inputs"
 POLICIES = (("belady", "Belady (knows the future)"), ("lfu", "LFU"), ("lru", "LRU"))
 
 Offloading = Mapping[str, Any]
@@ -141,14 +144,17 @@ def coverage_section(analysis: Analysis) -> Section:
         why = NO_EXPERTS if not analysis["layers"] else "No minimum of tokens was asked for."
         return Section(name, title, (missing(why),))
     columns = [
-        Column("layer", short), Column("expert", short), Column("tokens", whole),
-        Column("borrowed", percent, bar=True, help="share of its Hessian that is the layer's"),
-        Column("falls back to"),
+        Column("layer", short), Column("expert", short),
+        Column("tokens", whole, help="routed to it in all windows"),
+        Column("in its Hessian", whole, help="of these, in windows not held out for probes"),
+        Column("borrowed, gate and up", percent, bar=True, help=BORROWED),
+        Column("borrowed, down", percent, bar=True, help=BORROWED), Column("falls back to"),
     ]  # fmt: skip
     rows = [
-        (s["layer"], s["expert"], s["tokens"], s["lean"], s["fallback"])
-        for s in sorted(found["starved"], key=lambda s: s["tokens"])
-    ]
+        (s["layer"], s["expert"], s["tokens"], s["fitted"], s["lean"]["up"], s["lean"]["down"],
+         s["fallback"])
+        for s in sorted(found["starved"], key=lambda s: (s["fitted"], s["tokens"]))
+    ]  # fmt: skip
     drawn = found["drawn"]
     more = (
         f" {whole(drawn['windows'])} more windows were drawn in {whole(drawn['rounds'])} rounds to "
@@ -156,8 +162,8 @@ def coverage_section(analysis: Analysis) -> Section:
     )  # fmt: skip
     return Section(name, title, (
         paragraph(f"{whole(found['covered'])} of {whole(found['experts'])} experts saw at least "
-                  f"{whole(found['minimum'])} tokens.{more} An expert below that borrows from its "
-                  "layer in proportion to what it lacks."),
+                  f"{asked(found)}{unheld(found)}.{more} An expert below that borrows from its "
+                  "layer in proportion to what it lacks, each of its inputs by itself."),
         _load(analysis["layers"], found["minimum"]),
         table(columns, rows, noun="starved experts", limit=STARVED) if rows
         else note("No expert is starved."),
@@ -173,7 +179,7 @@ def _load(layers: Sequence[Mapping[str, Any]], minimum: int) -> Markup:
     series = Series("tokens of the expert at that rank", [(i + 1, c) for i, c in chosen], "c0")
     rules = [Rule(f"minimum {minimum:,}", y=minimum)] if minimum > 0 else []
     drawing = chart([series], Axis("experts, most used first", low=0),
-                    Axis("tokens", log=True), "Tokens per expert", rules=rules, width=FULL,
-                    height=230)  # fmt: skip
+                    Axis("tokens of the data sets", log=True), "Tokens per expert", rules=rules,
+                    width=FULL, height=230)  # fmt: skip
     remark = f"{plural(zero, 'expert')} without tokens not on the line." if zero else None
     return figure("Tokens per expert", drawing, note=remark, pan=True)

@@ -7,7 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitnest.calibrate.report.common import Analysis, by, median, missing, spearman, spread
+from bitnest.calibrate.report.common import (
+    Analysis,
+    by,
+    median,
+    missing,
+    plural,
+    spearman,
+    spread,
+)
 from bitnest.html import (
     Axis,
     Column,
@@ -32,6 +40,7 @@ SITES = 25
 TABLE_FORMATS = 3
 KINDS = 6
 LINES = 24  # layers drawn per kind
+LONE_PROBE = "The prediction rests on one probe: nothing says how far it is off."
 
 Sensitivity = Mapping[str, Any]
 
@@ -158,10 +167,11 @@ def prediction_section(analysis: Analysis) -> Section:
     ]  # fmt: skip
     known = [p for p in points if (p["predicted"] or 0) > 0 and (p["measured"] or 0) > 0]
     ends = [p[k] for p in known for k in ("predicted", "measured")] or [0.1, 1.0]
-    low, high, factor = min(ends) / 1.3, max(ends) * 1.3, math.exp(found["error"] or 0.0)
+    low, high = min(ends) / 1.3, max(ends) * 1.3
+    factor = None if found["error"] is None else math.exp(found["error"])
     if high > 1e6 * low:  # a probe without any loss would flatten all the others
         low = high / 1e6
-    band = [(v, v / factor, v * factor) for v in (low, high)]
+    band = [(v, v / factor, v * factor) for v in (low, high)] if factor else []
     diagonal = Series("equal", [(low, low), (high, high)], "faint", dashed=True, thin=True)
     axes = [
         Axis(f"{k} KL, nats/token", log=True, low=low, high=high) for k in ("predicted", "measured")
@@ -169,17 +179,26 @@ def prediction_section(analysis: Analysis) -> Section:
     drawing = chart([diagonal, *series], axes[0], axes[1], "Predicted against measured KL",
                     band=band, height=440)  # fmt: skip
     return Section(name, title, (
-        paragraph(f"Mixed plans that were predicted, then measured: {len(points):,} of them. The "
-                  f"shaded band is one standard deviation of the residual, a factor of "
-                  f"{factor:.2f}."),
+        paragraph(_lead(points, factor)),
         grid(figure("Probes", legend([*series, diagonal]), drawing),
              stack(figure("How good the prediction is", _quality(known, groups)),
                    figure("Residual over width", _residuals(known, groups, factor)))),
         note("Sums of second-order losses, scaled by "
              + ", ".join(f"{kind} {short(v)}" for kind, v in found["scales"].items())
              + f", and {short(found['flips'])} times their square root for changed experts: fitted "
-             f"to {found['probes']} probes. Each point is predicted by a fit to the other probes."),
+             f"to {plural(found['probes'], 'probe')}. "
+             + ("Each point is predicted by a fit to the other probes." if factor
+                else "Points are predicted without it.")),
     ), "Prediction")  # fmt: skip
+
+
+def _lead(points: Sequence[Mapping[str, Any]], factor: float | None) -> str:
+    if factor is None:
+        return LONE_PROBE
+    return (
+        f"KL of mixed plans, predicted, then measured: {plural(len(points), 'point')}. The shaded "
+        f"band is one standard error, a factor of {factor:.2f}."
+    )
 
 
 def _point(point: Mapping[str, Any]) -> str:
@@ -197,7 +216,7 @@ def prediction_quality(points: Sequence[Mapping[str, Any]]) -> tuple[float | Non
 def _residuals(
     known: Sequence[Mapping[str, Any]],
     groups: Mapping[str, Sequence[Mapping[str, Any]]],
-    factor: float,
+    factor: float | None,
 ) -> Markup:
     """Measured over predicted against the plan's width."""
     series = [
@@ -207,7 +226,7 @@ def _residuals(
         for n, (label, ps) in enumerate(groups.items())
     ]  # fmt: skip
     widths = [x for s in series for x, _ in s.points] or [0.0]
-    band = [(w, 1 / factor, factor) for w in (min(widths), max(widths))]
+    band = [(w, 1 / factor, factor) for w in (min(widths), max(widths))] if factor else []
     return chart(series, Axis("bits per weight"), Axis("measured / predicted", log=True),
                  "Residual over width", rules=[Rule("", y=1.0)], band=band, height=240)  # fmt: skip
 

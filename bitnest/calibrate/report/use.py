@@ -202,7 +202,8 @@ def domains_section(analysis: Analysis) -> Section:
     return Section(name, title, (
         paragraph("Experts whose share of a data set's slots is furthest above their share of "
                   f"another's; the {min(DOMAINS, len(domains))} strongest differ by "
-                  f"{_points(average)} on average. Dropping one hurts its domain first."),
+                  f"{_points(average)} on average. Dropping one should hurt the data set it "
+                  "serves more than the one it is set against: bitnest eval --without tells."),
         table(columns, rows, noun="experts", limit=DOMAINS),
     ), "Domain experts")  # fmt: skip
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from bitnest.calibrate.distribution.domains import domain_experts
 from bitnest.calibrate.observe import COVER
+from bitnest.calibrate.summary.coverage import coverage
 from bitnest.calibrate.summary.inputs import crest_section, inputs_section
 from bitnest.calibrate.summary.sites import prediction_section, sensitivity_section
 from bitnest.calibrate.summary.usage import (
     Usage,
     channels_section,
-    coverage,
     expert_layers,
     layer_section,
     offloading_part,
@@ -46,6 +46,7 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
         "blocks": len(statistics.layers),
         "labels": labels,
         "length": header["length"],
+        "lengths": sorted({sample["length"] for sample in header["samples"]}),
         "seed": header["seed"],
         "seconds": header["seconds"],
         "data": header["data"],

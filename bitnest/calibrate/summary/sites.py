@@ -91,7 +91,10 @@ def _fisher(statistics: Statistics) -> dict[str, float]:
 
 
 def prediction_section(statistics: Statistics) -> dict[str, Any] | None:
-    """Probes: predicted by a fit to the others, and measured; None if there were none."""
+    """Probes: predicted by a fit to the others, and measured; None if there were none.
+
+    error: None for a single probe, which no other predicts.
+    """
     if not statistics.formats or statistics.header["importance"] is None:
         return None
     predictor = Predictor(statistics)
@@ -101,7 +104,7 @@ def prediction_section(statistics: Statistics) -> dict[str, Any] | None:
     return {
         "scales": dict(zip(fit.kinds, fit.scales, strict=True)),
         "flips": fit.flips,
-        "error": fit.error,
+        "error": fit.error if fit.probes > 1 else None,
         "probes": fit.probes,
         "points": [
             {

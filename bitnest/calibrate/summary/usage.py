@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from bitnest.calibrate.blocks import read_moments
-from bitnest.calibrate.coverage import coverage_section
 from bitnest.calibrate.distribution.offload import (
     coactivation,
     offloading,
@@ -214,20 +213,6 @@ def offloading_part(usages: Sequence[Usage], statistics: Statistics) -> dict[str
     starts = np.cumsum([0, *lengths[:-1]])
     traces = {usage.layer: usage.trace for usage in usages}
     return offloading(traces, {usage.layer: usage.experts for usage in usages}, starts)
-
-
-def coverage(statistics: Statistics, layers: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
-    """Tokens per expert against the minimum; the windows drawn for coverage count here."""
-    tokens, minima = {}, {}
-    for layer, index in layers:
-        tokens[layer] = statistics.read(layer, f"experts.{index}.up.tokens").sum(0)
-        widths = (
-            statistics.read(layer, f"experts.{index}.{part}.absmax").shape[-1]
-            for part in ("up", "down")
-        )
-        minima[layer] = statistics.header["min_tokens"] or max(widths)
-    drawn = statistics.header.get("drawn") or {"windows": 0, "rounds": 0}
-    return coverage_section(tokens, minima, windows=drawn["windows"], rounds=drawn["rounds"])
 
 
 def plain(values: Array) -> list[Any]:
