@@ -119,7 +119,8 @@ def compress(
     their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
     memory: bytes the process may use. compute: type samples are calibrated in, see
     `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model: says
-    beforehand what KL to expect. fresh: forget an unfinished run instead of resuming it.
+    beforehand what KL to expect; without data, its texts are calibrated on. fresh: forget an
+    unfinished run instead of resuming it.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -152,14 +153,18 @@ def compress(
         compute=compute,
     )
     if statistics is not None:
-        from bitnest.calibrate.expect import expect
+        from bitnest.calibrate.expect import expect, texts
 
         job = with_expectation(job, expect(statistics, job.formats, method))
+        if not data and wants_calibration(job):
+            data = texts(statistics)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     if wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
         calibration = _calibration(tokenizer, data, samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+        if job.expected is not None:
+            job.expected.check_text(calibration)
         job = with_calibration(job, calibration)
     del tokenizer  # tens of megabytes that the run does not need
     artifact, seconds = run(job, Path(out).absolute(), fresh=fresh, progress=progress)
@@ -302,7 +307,7 @@ def analyze(
     method: str = "gptq",
     importance: str = "kl",
     fisher_windows: int = 24,
-    probes: int = 12,
+    probes: int = 16,
     probe_windows: int = 16,
     hessian: str = "auto",
     keep_hessians: bool = False,

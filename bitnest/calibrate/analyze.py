@@ -14,7 +14,6 @@ beyond that their diagonal has to do, which is said in the header ("hessian") an
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -69,7 +68,7 @@ class Analysis:
     formats: tuple[PackedFormat, ...]
     importance: str = "kl"
     fisher_windows: int = 24
-    probes: int = 12
+    probes: int = 16
     probe_windows: int = 16
     hessian: str = "auto"
     keep_hessians: bool = False
@@ -362,7 +361,7 @@ class _Run:
                 f"memory does not allow the full Hessians that are to be kept: {need:.0f} MiB",
                 hint="--hessian full to sum them all the same, more --memory, or diagonals",
             )
-        log.info("full Hessians would take %.0f MiB: their diagonals do", need)
+        log.warning("full Hessians would take %.0f MiB: diagonals are summed instead", need)
         return False, 1
 
     def _hessian_bytes(self) -> tuple[int, int]:
@@ -402,10 +401,7 @@ class _Run:
         return self.writer.state / f"probes-{layer:05d}.safetensors"
 
     def _save_probes(self, probes: Probes, layer: int) -> None:
-        write_file(
-            self._probe_file(layer),
-            [entry(str(i), states) for i, states in probes.states.items()],
-        )
+        write_file(self._probe_file(layer), probes.entries())
 
     def _restore(self, probes: Probes, layer: int) -> bool:
         """Read the probes' states after block `layer`; False if they are not there."""
@@ -429,6 +425,7 @@ class _Run:
         self, probes: Probes, measured: list[list[Measured]], seconds: float
     ) -> dict[str, Any]:
         job, calibration = self.job, self.calibration
+        hashes = calibration.hashes()
         names = [site.name for site in self.sites]
         importance = None
         if self.fisher is not None:
@@ -457,7 +454,7 @@ class _Run:
                     "label": label,
                     "length": calibration.tokens.shape[1],
                     "fitted": i not in self.held,
-                    "sha256": _hash(calibration.tokens[i]),
+                    "sha256": hashes[i],
                 }
                 for i, label in enumerate(calibration.labels)
             ],
@@ -483,11 +480,6 @@ class _Run:
             "seconds": seconds,
             "fingerprint": self.writer.fingerprint,
         }
-
-
-def _hash(tokens: torch.Tensor) -> str:
-    """Of one window, so that a merger can tell the same one again."""
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def _middle(formats: Sequence[PackedFormat]) -> int:

@@ -96,6 +96,11 @@ class CalibrationSet:
     sources: tuple[SourceReport, ...] = ()
     packing: str = "join"
 
+    def hashes(self) -> list[str]:
+        """Of every window's tokens, so that the same window is known again; 16 digits."""
+        rows = self.tokens.numpy()
+        return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in rows]
+
 
 def token_windows(
     tokenizer: Any,

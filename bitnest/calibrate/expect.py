@@ -6,10 +6,11 @@ two against each other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import StatisticsError
@@ -17,13 +18,18 @@ from bitnest.formats import AnyFormat, DenseFormat
 from bitnest.statistics import HEADER, Statistics
 from bitnest.workdir import sha256_file
 
+if TYPE_CHECKING:
+    from bitnest.calibrate.data import CalibrationSet
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Expected:
     """KL(original || compressed), nats per token. kl: per label of the statistics. mean: over
     labels; low, high: one standard error of its logarithm less and more, None if no probe was
     measured. source: sha256 of the model the statistics are of. statistics: sha256 of their
-    header."""
+    header. windows: hashes of the windows they are of."""
 
     kl: dict[str, float]
     mean: float
@@ -31,10 +37,22 @@ class Expected:
     high: float | None
     source: str
     statistics: str
+    windows: frozenset[str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {k: v for k, v in vars(self).items() if k != "source"}
+        return {k: v for k, v in vars(self).items() if k not in {"source", "windows"}}
+
+    def check_text(self, calibration: CalibrationSet) -> None:
+        """Say so if the text is another: what is fitted to it costs more on the statistics' text
+        than they predict."""
+        hashes = calibration.hashes()
+        shared = sum(h in self.windows for h in hashes)
+        if 2 * shared < len(hashes):
+            log.warning(
+                "%d of %d calibration windows are those of the statistics; the KL they predict "
+                "is that of calibrating on their text", shared, len(hashes),
+            )  # fmt: skip
 
 
 def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> Expected:
@@ -65,4 +83,23 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
         high=high if known else None,
         source=statistics.header["source"]["sha256"],
         statistics=sha256_file(statistics.path / HEADER),
+        windows=frozenset(item["sha256"] for item in statistics.header["samples"]),
     )
+
+
+def texts(path: str | Path) -> list[str]:
+    """The sources that statistics were measured on, each with its number of windows for a weight,
+    as --data takes them.
+
+    Raises:
+        StatisticsError: not statistics, or of texts that are not where they were.
+    """
+    sources = Statistics.open(path).header["data"]
+    for item in sources:
+        if not item["source"].startswith("hub:") and not Path(item["source"]).exists():
+            raise StatisticsError(
+                f"text of the statistics is not there: {item['source']}",
+                where=str(path),
+                hint="name the calibration text by --data",
+            )
+    return [f"{i['label']}:{i['samples']}={i['source']}" for i in sources if i["samples"]]

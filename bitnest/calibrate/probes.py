@@ -6,16 +6,18 @@ weights that some probe chose are kept (`Probes.offer`), then each probe's own h
 through the block with its choice (`Probes.advance`). At the end KL(base || probe) is measured on
 the probes' windows, per dataset.
 
-How probes are drawn [ours]: a probe draws, for every kind of site, the coarsest format it allows,
-then shares of the remaining ones from a Dirichlet distribution (concentration DIRICHLET), then
-every site of the kind by these shares. So probes differ in size over the whole range, and attention
-can be fine where experts are coarse.
+How probes are drawn [ours]: the mean width of the experts' sites (of every other kind's, likewise)
+is spread evenly over the candidates, so that plans of every budget are among the probes, uniform
+ones of the coarsest and finest nearly; the mix around the mean is narrow or wide. In half of the
+probes all kinds have one mean, in the others each its own: attention can be fine where experts are
+coarse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from bitnest.calibrate.spill import Spill
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import Tail
 from bitnest.formats import PackedFormat
+from bitnest.safetensors_io import Entry
 from bitnest.sites import Site, is_experts
 
 DIRICHLET = 0.5
@@ -47,12 +50,22 @@ def draw_plans(
     """`count` random plans: site name -> format number."""
     random = np.random.default_rng(seed)
     order = sorted(range(len(formats)), key=lambda i: formats[i].bits)
+    last = len(order) - 1
     kinds = sorted({site.kind for site in sites})
+    strata = {kind: random.permutation(count) for kind in kinds}
     plans = []
-    for _ in range(count):
-        allowed = {kind: order[int(random.integers(len(order))) :] for kind in kinds}
-        shares = {k: random.dirichlet([DIRICHLET] * len(v)) for k, v in allowed.items()}
-        plans.append({s.name: int(random.choice(allowed[s.kind], p=shares[s.kind])) for s in sites})
+    for number in range(count):
+        places: dict[str, tuple[list[int], np.ndarray]] = {}
+        for kind in kinds:
+            own = number % 2 and kind != kinds[-1]
+            stratum = strata[kind if own else kinds[-1]][number]
+            mean = last * (stratum + random.random()) / count
+            near = max(0.5, random.random() * len(order) / 2)
+            mixed = [i for i in range(last + 1) if abs(i - mean) <= near]
+            places[kind] = ([order[i] for i in mixed], random.dirichlet([DIRICHLET] * len(mixed)))
+        plans.append(
+            {s.name: int(random.choice(places[s.kind][0], p=places[s.kind][1])) for s in sites}
+        )
     return plans
 
 
@@ -111,6 +124,18 @@ class Probes:
     def restore(self, number: int, states: torch.Tensor) -> None:
         """Take `states` (samples, length, hidden_size) for those of a probe."""
         self.states[number] = self.stream.allocate(tuple(states.shape)).copy_(states)
+
+    def entries(self) -> list[Entry]:
+        """The states, to be written one after the other."""
+
+        def values(states: torch.Tensor) -> torch.Tensor:
+            self.stream.forget()  # those before it
+            return states
+
+        return [
+            Entry(str(number), states.dtype, tuple(states.shape), partial(values, states))
+            for number, states in self.states.items()
+        ]
 
     def _advance(
         self, layer: int, states: torch.Tensor, plan: dict[str, int], chosen: Sequence[Site]

@@ -24,7 +24,7 @@ from bitnest.errors import DataError, require
 FIELD = "text"
 _ROWS = {".jsonl", ".ndjson"}
 _ROW_HINT = 'each line reads {"text": "..."} or {"messages": [...]}'
-_WEIGHT = re.compile(r"([^/\\:.=]*):(\d[\d.,]*)=(.*)", re.DOTALL)
+_WEIGHT = re.compile(r"([^/\\:.=]*):(-?\d[\d.,]*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def command(
         24, "--fisher-windows", min=1, help="Windows, of all labels, that gradients are taken on."
     ),
     probes: int = typer.Option(
-        12, "--probes", min=0, help="Random mixed plans whose KL is measured, to calibrate on."
+        16, "--probes", min=0, help="Random mixed plans whose KL is measured, to calibrate on."
     ),
     probe_windows: int = typer.Option(
         16, "--probe-windows", min=1, help="Windows, of all labels, that probes are measured on."

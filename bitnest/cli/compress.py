@@ -50,7 +50,9 @@ def command(
         "auto", "--compute", help="Calibrate in float32 or bfloat16 (default: float32 on a CPU)."
     ),
     statistics: Path = typer.Option(
-        None, "--statistics", help="What bitnest analyze wrote: says what KL to expect."
+        None,
+        "--statistics",
+        help="What bitnest analyze wrote: says what KL to expect; its texts are the default.",
     ),
     fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
     trust_remote_code: bool = Remote,
@@ -68,7 +70,7 @@ def command(
     from bitnest import api
 
     target = out or Path(default_name(model, bits, format, group))
-    if not data and method != "rtn" and not quiet:
+    if not data and statistics is None and method != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     with Bars(quiet) as bars:
         result = api.compress(
