@@ -426,7 +426,8 @@ def merge_statistics(parts: Sequence[str | Path], out: str | Path) -> Statistics
     Raises:
         StatisticsError: they do not fit together, or one is damaged.
     """
-    from bitnest.statistics import Statistics, merge
+    from bitnest.statistics import Statistics
+    from bitnest.statistics.merging import merge
 
     opened = [Statistics.open(part) for part in parts]
     return merge(opened, Path(out).absolute(), lambda merged: write_report(merged.path))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitnest.calibrate.moments import RANKED_ROWS, SAMPLED_ROWS, Moments, top_count
+from bitnest.calibrate.moments import SAMPLED_ROWS, Moments, top_count
 from bitnest.kernels import moments as kernel
 from bitnest.kernels import native
 from tests.brute import BLOCKS, Rows, close, numpy
@@ -179,17 +179,16 @@ def naive_ranks(x: np.ndarray, count: int) -> np.ndarray:
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("width", [40, 172, 300])
-def test_ranked_rows_are_spread_over_a_batch_and_end_at_the_limit(width: int) -> None:
+def test_ranked_rows_are_spread_over_all_batches(width: int) -> None:
     moments, expected, ranked = Moments.zeros((2,), width), np.zeros(width, int), 0
     for seed, rows in enumerate([5, 32, 33, 100, 1, *[64] * 20]):
         x = noise(rows, width, seed)
         moments.add((1,), x)
-        if ranked < RANKED_ROWS:
-            step = -(-rows // SAMPLED_ROWS)
-            taken = [numpy(x)[i] for i in range(0, rows, step)]
-            expected += naive_ranks(np.stack(taken), top_count(width))
-            ranked += len(taken)
-    assert moments.ranked.tolist() == [0, ranked] and ranked <= RANKED_ROWS + SAMPLED_ROWS
+        taken = [numpy(x)[i] for i in range(0, rows, -(-rows // SAMPLED_ROWS))]
+        assert len(taken) <= SAMPLED_ROWS
+        expected += naive_ranks(np.stack(taken), top_count(width))
+        ranked += len(taken)
+    assert moments.ranked.tolist() == [0, ranked]
     assert moments.ranks[1].tolist() == expected.tolist() and moments.ranks[0].eq(0).all()
 
 

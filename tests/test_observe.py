@@ -16,7 +16,7 @@ from torch import nn
 
 from bitnest.calibrate import stream as streaming
 from bitnest.calibrate.collector import reference_experts
-from bitnest.calibrate.moments import RANKED_ROWS, SAMPLED_ROWS, Moments, top_count
+from bitnest.calibrate.moments import Moments, top_count
 from bitnest.calibrate.observe import ExpertSums, Observer
 from bitnest.calibrate.sensitivity import sample_rows
 from bitnest.calibrate.stream import Stream
@@ -267,7 +267,6 @@ def test_ranks_count_rows_in_which_a_channel_is_among_the_largest(root: Path) ->
             assert torch.equal(moments.ranks.sum(-1), moments.ranked * top_count(moments.width))
     own = observed(root, "qwen3_moe")[0].inputs["model.layers.0.self_attn.q_proj"].moments
     assert own.ranks.sum(0).argmax() == 3  # the channel that the checkpoint's norms make stand out
-    assert own.ranked.max() <= RANKED_ROWS + SAMPLED_ROWS
 
 
 def test_an_expert_that_no_token_chose_has_zeros_and_no_nan(root: Path) -> None:

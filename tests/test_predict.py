@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from bitnest.calibrate.predict import (
     site_losses,
     token_shares,
 )
+from bitnest.calibrate.probes import draw_plans
 from bitnest.errors import StatisticsError
+from bitnest.formats import parse_format
 from bitnest.sites import Site
 from bitnest.statistics import Statistics, StatisticsWriter
 from tests.tiny import Builder, words
@@ -371,6 +373,55 @@ def test_importance_by_probes_adds_up_to_the_measured_groups(
         for m in item["measured"]:
             total = sum(losses[i, f, m["label"]] for i, f in own)
             assert total == pytest.approx(m["kl"], rel=1e-6)
+
+
+def test_compress_takes_the_texts_of_the_statistics(
+    tiny: Builder, data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What they predict is the KL of calibrating on them: other texts are remarked on."""
+    texts = [tmp_path / f"{i}.txt" for i in range(2)]
+    for copy, spec in zip(texts, data, strict=True):
+        copy.write_text(Path(spec.partition("=")[2]).read_text("utf-8"), encoding="utf-8")
+    model, size = tiny("qwen3_moe"), {"samples": 8, "length": 32}
+    found = api.analyze(
+        model, tmp_path / "s", data=[f"books:3={texts[0]}", f"code={texts[1]}"],
+        formats=("int4-g32",), importance="loss", probes=0, fisher_windows=2, **size,
+    )  # fmt: skip
+    options = {"format": "int4-g32", "statistics": found.path, **size}
+    api.compress(model, tmp_path / "same", **options)
+    assert not caplog.records
+    manifest = json.loads((tmp_path / "same" / "bitnest.json").read_text("utf-8"))
+    assert manifest["fingerprint"]["calibration"] == found.header["fingerprint"]["calibration"]
+    api.compress(model, tmp_path / "other", data=[str(texts[1])], **options)
+    assert "of the statistics" in caplog.text
+    texts[0].unlink()
+    with pytest.raises(StatisticsError, match="not there") as caught:
+        api.compress(model, tmp_path / "none", **options)
+    assert "--data" in caught.value.hint and not (tmp_path / "none").exists()
+    api.compress(model, tmp_path / "named", data=[str(texts[1])], **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 40])
+def test_probes_spread_over_every_budget(count: int) -> None:
+    sites = [s for layer in range(50) for s in made_up_sites() if s.layer == layer % 2]
+    sites = [replace(s, name=f"{i}.{s.name}") for i, s in enumerate(sites)]
+    formats = [parse_format(f"int{bits}-g32") for bits in (8, 2, 3, 4, 5, 6, 7)]
+    plans = draw_plans(sites, formats, count, 0)
+    assert plans == draw_plans(sites, formats, count, 0) != draw_plans(sites, formats, count, 1)
+    bits = {
+        kind: np.array([
+            np.mean([formats[plan[s.name]].bits for s in sites if s.kind == kind])
+            for plan in plans
+        ])
+        for kind in KINDS
+    }  # fmt: skip
+    for own in bits.values():
+        assert len(own) == count and own.min() >= 2 and own.max() <= 8
+        if count >= 12:
+            assert own.min() < 3 and own.max() > 6.8
+            assert np.histogram(own, bins=4, range=(2, 8))[0].min() >= 1
+    if count >= 12:
+        assert 0.2 < np.corrcoef(*bits.values())[0, 1] < 0.98
 
 
 def test_without_probes_everything_is_written_and_nothing_infinite(

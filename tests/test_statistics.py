@@ -17,7 +17,9 @@ from bitnest import api, statistics
 from bitnest.calibrate.predict import Predictor, site_losses
 from bitnest.errors import ArtifactError, BitnestError, StatisticsError
 from bitnest.safetensors_io import entry, write_file
-from bitnest.statistics import HEADER, Statistics, merge
+from bitnest.statistics import Statistics
+from bitnest.statistics.header import HEADER
+from bitnest.statistics.merging import merge
 from bitnest.workdir import partial_directory
 from tests.tiny import Builder, words
 

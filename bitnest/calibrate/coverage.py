@@ -16,7 +16,7 @@ Left out: gate weights. Ten tokens that reach an expert with a tenth of their we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,12 @@ import torch
 
 from bitnest.calibrate.collector import dense_weights
 from bitnest.calibrate.stream import Stream
-from bitnest.errors import RecipeError, UnsupportedModel
+from bitnest.errors import UnsupportedModel
 from bitnest.kernels.experts import experts_forward
 from bitnest.progress import Progress, Silent
 from bitnest.sites import is_experts
 
-__all__ = ["coverage_section", "lean", "routed_tokens", "window_counts"]
+__all__ = ["lean", "routed_tokens", "window_counts"]
 
 
 def routed_tokens(stream: Stream, progress: Progress | None = None) -> dict[str, torch.Tensor]:
@@ -114,50 +114,3 @@ def window_counts(index: torch.Tensor, experts: int, length: int) -> torch.Tenso
 def lean(tokens: int, minimum: int) -> float:
     """Share of an expert's Hessian that is its layer's inputs, max(0, 1 - tokens / minimum)."""
     return max(0.0, 1.0 - tokens / minimum)
-
-
-def coverage_section(
-    tokens: Mapping[int, Sequence[int] | torch.Tensor],
-    minimum: int | Mapping[int, int],
-    *,
-    windows: int = 0,
-    rounds: int = 0,
-) -> dict[str, Any] | None:
-    """The `coverage` part of an analysis: every starved expert and what it falls back to.
-
-    tokens: layer -> tokens of each expert (E,), everything its Hessian sees, windows drawn for
-    coverage included. minimum: for all layers or each; the largest is what the section states.
-    windows, rounds: drawn for coverage. None for a model without experts.
-
-    Raises:
-        RecipeError: a minimum below 1.
-    """
-    if not tokens:
-        return None
-    minima = dict.fromkeys(tokens, minimum) if isinstance(minimum, int) else dict(minimum)
-    if min(minima[layer] for layer in tokens) < 1:
-        raise RecipeError(f"an expert needs at least one token, not {min(minima.values())}")
-    rows = [
-        (layer, expert, int(n), minima[layer])
-        for layer in sorted(tokens)
-        for expert, n in enumerate(tokens[layer])
-    ]
-    starved = [
-        {"layer": layer, "expert": expert, "tokens": n, "lean": lean(n, m),
-         "fallback": _fallback(n, m)}
-        for layer, expert, n, m in rows if n < m
-    ]  # fmt: skip
-    return {
-        "minimum": max(minima[layer] for layer in tokens),
-        "experts": len(rows),
-        "covered": len(rows) - len(starved),
-        "starved": starved,
-        "drawn": {"windows": windows, "rounds": rounds},
-    }
-
-
-def _fallback(tokens: int, minimum: int) -> str:
-    if tokens == 0:
-        return "no token reached it: its whole Hessian is the layer's inputs"
-    percent = min(99, max(1, round(100 * lean(tokens, minimum))))  # neither all nor nothing
-    return f"{percent} % of its Hessian is the layer's inputs"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat
-from bitnest.statistics import HEADER, Statistics
+from bitnest.statistics import Statistics
+from bitnest.statistics.header import HEADER
 from bitnest.workdir import sha256_file
 
 if TYPE_CHECKING:

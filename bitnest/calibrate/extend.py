@@ -28,7 +28,8 @@ from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options
 from bitnest.sites import Site
-from bitnest.statistics import HEADER, Statistics, StatisticsWriter, finished_statistics
+from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
+from bitnest.statistics.header import HEADER
 from bitnest.workdir import sha256_file, storage_error
 
 
@@ -64,6 +65,13 @@ def extend(
             "the statistics are of another model: its weights differ",
             where=str(statistics.path),
             hint="bitnest analyze this model",
+        )
+    compute = str(job.compute).removeprefix("torch.")
+    if statistics.header["compute"] != compute:
+        raise StatisticsError(
+            f"the statistics were computed in {statistics.header['compute']}, not {compute}",
+            where=str(statistics.path),
+            hint=f"--compute {statistics.header['compute']}",
         )
     fingerprint = {
         "source": source,

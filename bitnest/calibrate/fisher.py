@@ -12,9 +12,9 @@ predictions N:
     f_r = 1/N sum_t g_tr^2          (per output row r, per dataset label)
 
 so that a weight error dW costs about 1/2 sum_r f_r (dW H dW^T)_rr nats per token, H the mean of
-x x^T over the site's tokens (the diagonal of K-FAC's Kronecker form: Martens and Grosse, 2015;
-gradients and inputs are taken as independent, tokens too). Calibration on measured probes absorbs
-what that leaves out.
+x x^T over the site's tokens, an expert's weighted as its Hessian is (the diagonal of K-FAC's
+Kronecker form: Martens and Grosse, 2015; gradients and inputs are taken as independent, tokens
+too). Calibration on measured probes absorbs what that leaves out.
 
 v is drawn, one backward pass for a window:
 

@@ -24,8 +24,7 @@ import torch
 
 from bitnest.kernels.moments import BLOCKS, add_rows, rank_rows
 
-SAMPLED_ROWS = 64  # of one batch of rows, whose channels are ranked
-RANKED_ROWS = 256  # of one place, at most
+SAMPLED_ROWS = 16  # at most, of every batch of rows, whose channels are ranked
 TOP_SHARE = 0.01
 
 
@@ -78,10 +77,9 @@ class Moments:
             own = self._views[place] = self.at(place)
         own.tokens += len(x)
         own.over_six += add_rows(x, own.absmax, own.abs, own.square, own.peaks)
-        if own.ranked < RANKED_ROWS:
-            rows = x[:: -(-len(x) // SAMPLED_ROWS)]
-            own.ranked += len(rows)
-            rank_rows(rows, top_count(self.width), own.ranks)
+        rows = x[:: -(-len(x) // SAMPLED_ROWS)]
+        own.ranked += len(rows)
+        rank_rows(rows, top_count(self.width), own.ranks)
 
     def at(self, place: tuple[int, ...]) -> Moments:
         """Of one place alone: views, not copies."""

@@ -19,8 +19,8 @@ NAMED = 8  # starved experts named
 
 # What --reuse leaves open; all the rest was settled when the statistics were measured.
 OPEN_IN_REUSE = {
-    "model", "out", "format", "reuse", "memory", "device", "fresh", "trust_remote_code", "json",
-    "quiet",
+    "model", "out", "format", "reuse", "memory", "device", "compute", "fresh",
+    "trust_remote_code", "json", "quiet",
 }  # fmt: skip
 
 

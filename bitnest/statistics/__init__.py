@@ -1,0 +1,248 @@
+"""Statistics: what calibration measured, on disk, reopened by every later command.
+
+    statistics.json          the header: source, data, options, sites, layers, probes, checksums
+    block-00001.safetensors  per decoder block, sums with the dataset label as an axis
+
+    inputs.<i>.<moment>          of the i-th input of the block, (L, ...)
+    inputs.<i>.hessian, weight   (L, I, I) sums of x x^T over (L,) tokens, if they were kept
+    experts.<i>.up|down.<moment> of what gate/up and down of each expert read, (L, E, ...)
+    experts.<i>.hessian.up|down  (L, E, I, I) sums of w x x^T with weights experts.<i>.weight
+    experts.<i>.norms|output|output2|weight|fitted|logits|logits2|margins     (L, ...)
+    experts.<i>.trace            (tokens, k) experts chosen, samples in order
+    experts.<i>.rows             (n, hidden) of the states that reached the layer, evenly spread
+    fisher.<module or parameter> (L, ...) squared gradients per prediction (`calibrate/fisher.py`)
+    sites.error (S, F), sites.loss (S, F, L), sites.output (S,)        sensitivity of S sites
+    sites.peaks (S, 3), sites.energy (S,)                               of their weights
+    columns.<site>               (I,) norms of the weight's columns
+
+Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
+machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
+exceptions: absmax is a maximum, traces are joined, weights' own figures are the same in both, and
+what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, which is an
+approximation and said so in the header. Parts must be of one model, one set of options and one
+compute type, and no window of text may occur in two of them: it would count double. Windows are
+compared by checksum, so text that was cut into other windows is not recognised. Length and seed may
+differ; the merger's are null then.
+
+`open` holds the header against SCHEMA, against itself and against the tensors' shapes, `verify`
+every byte against its checksum; whatever computes new results from statistics (`merge`, `extend`,
+`expect`) verifies them first.
+
+Written as artifacts are (`workdir`): a killed run resumes, half a directory never looks whole. A
+merger is cheap and starts again: one that fails leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnest.errors import CheckpointError, StatisticsError
+from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
+from bitnest.sites import Site
+from bitnest.statistics.header import AGAIN, HEADER, VERSION, open_header
+from bitnest.workdir import (
+    Workdir,
+    in_the_way,
+    is_empty,
+    partial_directory,
+    sha256_file,
+    write_text,
+)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A directory of statistics. header: as in statistics.json."""
+
+    path: Path
+    header: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Statistics:
+        """Read and check the header, and that every file it names is there, whole in size, and has
+        tensors of the shapes that follow from it.
+
+        Raises:
+            StatisticsError: not a directory of statistics, damaged, or of another version.
+        """
+        path = Path(path)
+        header = open_header(path)
+        for name, record in header["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != record["bytes"]:
+                raise StatisticsError(
+                    f"'{name}' is missing or has another size than the header says",
+                    where=str(path),
+                    hint=AGAIN,
+                )
+        statistics = cls(path, header)
+        statistics._check_shapes()
+        return statistics
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum.
+
+        Raises:
+            StatisticsError: one differs.
+        """
+        for name, record in self.header["files"].items():
+            if sha256_file(self.path / name) != record["sha256"]:
+                raise StatisticsError(
+                    f"'{name}' differs from what was written",
+                    where=str(self.path),
+                    hint=AGAIN,
+                )
+
+    @property
+    def labels(self) -> list[str]:
+        """Dataset labels, in the order of every label axis."""
+        return list(self.header["labels"])
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the candidate formats whose sensitivity was measured."""
+        return list(self.header["formats"])
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Every site, in the model's order."""
+        return [
+            Site(**{**item, "shape": tuple(item["shape"]), "rows": _pair(item["rows"])})
+            for layer in self.layers
+            for item in layer["sites"]
+        ]
+
+    def sites_of(self, layer: int) -> list[Site]:
+        """Sites of one block."""
+        return [site for site in self.sites if site.layer == layer]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Per block: inputs, experts, sites."""
+        return list(self.header["layers"])
+
+    def read(self, layer: int, name: str) -> torch.Tensor:
+        """One tensor of one block.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        return read_tensor(self._files[layer][name])
+
+    def has(self, layer: int, name: str) -> bool:
+        """Whether `read` would find it."""
+        return name in self._files[layer]
+
+    def names(self, layer: int) -> list[str]:
+        """Tensors of one block."""
+        return list(self._files[layer])
+
+    @cached_property
+    def _files(self) -> list[dict[str, TensorInfo]]:
+        try:
+            return [read_header(self.path / layer["file"]) for layer in self.layers]
+        except CheckpointError as error:
+            raise StatisticsError(
+                f"a block is damaged: {error.what}", where=error.where, hint=AGAIN
+            ) from error
+
+    def _check_shapes(self) -> None:
+        for number, layer in enumerate(self.layers):
+            for name, shape in self._shapes(number, layer).items():
+                info = self._files[number].get(name)
+                found = info.shape if info else None
+                if found != shape:
+                    raise StatisticsError(
+                        f"'{HEADER}' or '{layer['file']}' is damaged: by the header, '{name}' has "
+                        f"the shape {shape}, in the file {found}",
+                        where=str(self.path),
+                        hint=AGAIN,
+                    )
+
+    def _shapes(self, number: int, layer: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        """Of one tensor at least for every axis that the header speaks of. None: not there."""
+        labels, formats, sites = len(self.labels), len(self.formats), len(layer["sites"])
+        shapes: dict[str, tuple[int, ...] | None] = {
+            f"columns.{site['name']}": (site["shape"][1],) for site in layer["sites"]
+        }
+        for i in range(len(layer["inputs"])):
+            shapes[f"inputs.{i}.tokens"] = (labels,)
+        for i, item in enumerate(layer["experts"]):
+            shapes[f"experts.{i}.up.tokens"] = (labels, item["experts"])
+            shapes[f"experts.{i}.trace"] = (self.header["tokens"], item["top_k"])
+        shapes[f"inputs.{len(layer['inputs'])}.tokens"] = None
+        shapes[f"experts.{len(layer['experts'])}.trace"] = None
+        if sites and formats:
+            shapes |= {"sites.error": (sites, formats), "sites.output": (sites,)}
+        if self.has(number, "sites.loss"):
+            shapes["sites.loss"] = (sites, formats, labels)
+        return shapes
+
+
+class StatisticsWriter(Workdir):
+    """Writes statistics block by block."""
+
+    noun = "directory of statistics"
+
+    def write_block(
+        self, layer: int, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Store one block. record: its inputs, experts and sites."""
+        name = f"block-{layer + 1:05d}.safetensors"
+        entries: list[Entry] = [entry(key, value.contiguous()) for key, value in tensors.items()]
+        self.save_block(layer, {**record, "file": name}, {name: entries})
+
+    def finish(
+        self, header: Mapping[str, Any], before: Callable[[Statistics], object] = lambda _: None
+    ) -> Statistics:
+        """Write the header and give the directory its name. before: called with the statistics
+        where they lie until then; may add files, and nothing is published if it raises."""
+        layers, files = [], {}
+        for layer in range(self.blocks):
+            content = self.saved_block(layer)
+            files.update(content.pop("files"))
+            layers.append(content)
+        whole = {"version": VERSION, **header, "layers": layers, "files": files}
+        write_text(self.work / HEADER, json.dumps(whole, indent=1) + "\n")
+        before(Statistics.open(self.work))
+        self.publish()
+        return Statistics.open(self.out)
+
+    def discard(self) -> None:
+        """Close; of a run that did not finish, keep nothing."""
+        if self._lock is not None:
+            shutil.rmtree(self.state, ignore_errors=True)
+        self.close()
+
+
+def finished_statistics(out: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
+    """The statistics already in `out` if they were made from exactly these inputs.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    if is_empty(out):
+        return None
+    if (out / HEADER).is_file():
+        found = Statistics.open(out)
+        if found.header.get("fingerprint") == fingerprint:
+            shutil.rmtree(partial_directory(out), ignore_errors=True)  # killed right after renaming
+            return found
+    raise in_the_way(out)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether the directory claims to hold statistics."""
+    return (path / HEADER).is_file()
+
+
+def _pair(rows: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if rows is None else (rows[0], rows[1])
