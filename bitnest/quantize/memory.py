@@ -51,8 +51,8 @@ class Budget:
         if rest < matrix:
             enough = math.ceil(10 * (fixed + 2 * matrix) / 2**30) / 10 + 0.1
             raise RecipeError(
-                f"--memory {memory / 2**30:.2f}GiB is too little: one block and the work on its "
-                f"largest matrix need {(fixed + matrix) / 2**30:.2f}GiB",
+                f"--memory {_size(memory)} is too little: one block and the work on its largest "
+                f"matrix need {_size(fixed + matrix)}",
                 hint=f"--memory {enough:.1f}GiB or more",
             )
         return cls(rest // 8, min(WORK, rest // 2), rest - rest // 4 - matrix)
@@ -64,6 +64,10 @@ class Budget:
             experts.setdefault(site.expert, []).append(site)
         largest = max(_matrix_bytes(group) for group in experts.values())
         return max(1, min(len(experts), self.work // largest))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f}MiB"
 
 
 def _solved_together(sites: Sequence[Site]) -> list[list[Site]]:
