@@ -487,6 +487,20 @@ def test_an_output_in_the_way_is_left_alone(kind: str, analyse: Analyse, tmp_pat
     assert os.listdir(kept) == ["precious"]
 
 
+def test_an_unfinished_analysis_of_the_same_name_is_left_alone(
+    analyse: Analyse, tmp_path: Path
+) -> None:
+    parts = [analyse("books"), analyse("code", seed=1)]
+    state = partial_directory(tmp_path / "out") / "state"
+    state.mkdir(parents=True)
+    (state / "inputs.json").write_text('{"source": "another run"}')
+    (state / "block-00000.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="unfinished") as caught:
+        api.merge_statistics([part.path for part in parts], tmp_path / "out")
+    assert caught.value.hint and not (tmp_path / "out").exists()
+    assert sorted(os.listdir(state)) == ["block-00000.json", "inputs.json"]
+
+
 def test_a_merger_that_was_cut_short_starts_again(
     analyse: Analyse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

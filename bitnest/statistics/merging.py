@@ -34,8 +34,10 @@ def merge(
         part.verify()
     labels = list(dict.fromkeys(label for part in parts for label in part.labels))
     writer = StatisticsWriter(out, {"merge": [str(p.path) for p in parts]}, len(parts[0].layers))
+    own = False  # whether what lies there is this merger's
     try:
         writer.begin(fresh=False)
+        own = True
         for layer, record in enumerate(parts[0].layers):
             names = dict.fromkeys(name for part in parts for name in part.names(layer))
             merger = _Merger(parts, labels, layer)
@@ -46,7 +48,10 @@ def merge(
     except OSError as error:
         raise storage_error(error, out) from error
     finally:
-        writer.discard()
+        if own:
+            writer.discard()
+        else:
+            writer.close()
 
 
 class _Merger:
