@@ -396,11 +396,12 @@ def analyze(
     return statistics
 
 
-def write_report(statistics: str | Path) -> dict[str, Any]:
-    """Write report.json and report.html of a directory of statistics; gives the analysis.
+def write_report(statistics: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """Write report.json and report.html of a directory of statistics; gives the analysis. verify:
+    hold every file against its checksum first.
 
     Raises:
-        StatisticsError: not one.
+        StatisticsError: not one, or damaged.
     """
     import json
 
@@ -410,6 +411,8 @@ def write_report(statistics: str | Path) -> dict[str, Any]:
     from bitnest.workdir import storage_error, write_text
 
     opened = Statistics.open(statistics)
+    if verify:
+        opened.verify()
     analysis = analysis_of(opened)
     try:
         write_text(opened.path / "report.json", json.dumps(analysis) + "\n")

@@ -737,6 +737,10 @@ def test_a_flipped_bit_is_found_by_verify(copy: Path) -> None:
     flip(victim)
     with pytest.raises(StatisticsError, match=victim.name):
         Statistics.open(copy).verify()
+    before = (copy / "report.json").stat().st_mtime_ns
+    with pytest.raises(StatisticsError, match=victim.name):
+        api.write_report(copy, verify=True)
+    assert (copy / "report.json").stat().st_mtime_ns == before
 
 
 def test_damaged_statistics_neither_predict_nor_take_another_format(

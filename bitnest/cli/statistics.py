@@ -22,7 +22,7 @@ def report(
     prepare_process()
     from bitnest import api
 
-    api.write_report(statistics)
+    api.write_report(statistics, verify=True)
     print_analysis(statistics, json)
     if not quiet:
         say(f"next: open {statistics / 'report.html'}")
