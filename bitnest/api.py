@@ -153,15 +153,18 @@ def compress(
         compute=compute,
     )
     if statistics is not None:
-        from bitnest.calibrate.expect import expect, texts
+        from bitnest.calibrate.expect import expect
 
         job = with_expectation(job, expect(statistics, job.formats, method))
-        if not data and wants_calibration(job):
-            data = texts(statistics)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     if wants_calibration(job):
         _check_length(job.skeleton.model.config, length)
-        calibration = _calibration(tokenizer, data, samples, length, seed)
+        sources = _sources(data)
+        if statistics is not None and not data:
+            from bitnest.calibrate.expect import texts
+
+            sources = texts(statistics)
+        calibration = _calibration(tokenizer, sources, samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
         if job.expected is not None:
             job.expected.check_text(calibration)
@@ -280,7 +283,7 @@ def compare_formats(
     if calibrate:
         _check_length(job.skeleton.model.config, length)
         tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-        calibration = _calibration(tokenizer, data, samples, length, seed)
+        calibration = _calibration(tokenizer, _sources(data), samples, length, seed)
         _check_vocabulary(job.skeleton.model, calibration, checkpoint)
         job = with_calibration(job, calibration)
     return compare(
@@ -376,7 +379,7 @@ def analyze(
     _check_windows(data, length)
     _check_length(job.skeleton.model.config, length)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    calibration = _calibration(tokenizer, data, samples, length, seed, pack=pack)
+    calibration = _calibration(tokenizer, _sources(data), samples, length, seed, pack=pack)
     _check_vocabulary(job.skeleton.model, calibration, checkpoint)
     drawn = None
     if cover is not None:
@@ -561,7 +564,7 @@ def _check_vocabulary(model: Any, calibration: CalibrationSet, checkpoint: Check
 
 def _calibration(
     tokenizer: Any,
-    data: Sequence[str],
+    sources: Sequence[DataSource],
     samples: int,
     length: int,
     seed: int,
@@ -571,7 +574,7 @@ def _calibration(
     from bitnest.calibrate.data import calibration_windows
 
     return calibration_windows(
-        tokenizer, _sources(data), samples=samples, length=length, seed=seed, pack=pack
+        tokenizer, sources, samples=samples, length=length, seed=seed, pack=pack
     )
 
 

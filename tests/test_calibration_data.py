@@ -210,7 +210,7 @@ def test_tokens_without_duplicates_are_those_drawn_before_there_was_deduplicatio
 
 def test_embedded_text_calibrates_as_it_always_has() -> None:
     tokenizer = api.load_tokenizer("demo")
-    found = api._calibration(tokenizer, (), 64, 512, 0)
+    found = api._calibration(tokenizer, api._sources(()), 64, 512, 0)
     assert found.counts == {"demo": 64}
     assert found.sha256 == "6a833a99d2d07a1651c1b9ed004862490ef5809966010b6bb5fdf1de278597de"
     assert found.sources[0].source == str(demo.calibration_text())
@@ -512,7 +512,7 @@ def test_packing_is_asked_for_by_name_and_reported(tmp_path: Path) -> None:
     assert all(first % 100 == 1 for first in found.tokens[:, 0].tolist())
     assert (found.sources[0].windows, found.sources[0].available) == (6, 66)
     assert calibrate(source).packing == "join"
-    same = api._calibration(Numbers(), [source], 4, 8, 0, pack="documents")
+    same = api._calibration(Numbers(), api._sources([source]), 4, 8, 0, pack="documents")
     assert same.sha256 == found.sha256
 
 

@@ -379,12 +379,12 @@ def test_compress_takes_the_texts_of_the_statistics(
     tiny: Builder, data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What they predict is the KL of calibrating on them: other texts are remarked on."""
-    texts = [tmp_path / f"{i}.txt" for i in range(2)]
+    texts = [tmp_path / f"{i}.v2.txt" for i in range(2)]  # unnamed, its label has a dot
     for copy, spec in zip(texts, data, strict=True):
         copy.write_text(Path(spec.partition("=")[2]).read_text("utf-8"), encoding="utf-8")
     model, size = tiny("qwen3_moe"), {"samples": 8, "length": 32}
     found = api.analyze(
-        model, tmp_path / "s", data=[f"books:3={texts[0]}", f"code={texts[1]}"],
+        model, tmp_path / "s", data=[f"books:3={texts[0]}", str(texts[1])],
         formats=("int4-g32",), importance="loss", probes=0, fisher_windows=2, **size,
     )  # fmt: skip
     options = {"format": "int4-g32", "statistics": found.path, **size}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.calibrate.predict import Predictor
+from bitnest.calibrate.sources import DataSource
 from bitnest.errors import StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat
 from bitnest.statistics import Statistics
@@ -88,9 +89,8 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
     )
 
 
-def texts(path: str | Path) -> list[str]:
-    """The sources that statistics were measured on, each with its number of windows for a weight,
-    as --data takes them.
+def texts(path: str | Path) -> list[DataSource]:
+    """The sources that statistics were measured on, each with its number of windows for a weight.
 
     Raises:
         StatisticsError: not statistics, or of texts that are not where they were.
@@ -103,4 +103,4 @@ def texts(path: str | Path) -> list[str]:
                 where=str(path),
                 hint="name the calibration text by --data",
             )
-    return [f"{i['label']}:{i['samples']}={i['source']}" for i in sources if i["samples"]]
+    return [DataSource(i["label"], i["source"], i["samples"]) for i in sources if i["samples"]]
