@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from bitnest.workdir import (
     write_text,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bitnest.json"
 SHARD_BYTES = 1 << 30
+DIGITS = 6  # of a site's error in the manifest
+OWN = ("expert", "format", "nbytes", "error", "tokens")  # what sites of one group do not share
 COPIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*",
     "generation_config.json", "*.model", "LICENSE*",
@@ -65,6 +67,7 @@ class SiteRecord:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the site's fields are merged in."""
         record = asdict(self)
+        record["error"] = float(f"{self.error:.{DIGITS}g}")
         return {**record.pop("site"), **record}
 
     @classmethod
@@ -98,9 +101,9 @@ class Artifact:
         path = Path(path)
         manifest = _read_manifest(path)
         try:
-            records = tuple(SiteRecord.from_json(item) for item in manifest["sites"])
+            records = tuple(SiteRecord.from_json(item) for item in unfold(manifest["sites"]))
             files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 "the manifest is incomplete",
                 where=str(path / MANIFEST),
@@ -180,12 +183,56 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def manifest_text(
+    manifest: Mapping[str, Any], sites: Iterable[dict[str, Any]], files: Mapping[str, Any]
+) -> str:
+    """bitnest.json: a line per key, and per site."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value)}"
+        for key, value in {"format_version": FORMAT_VERSION, **manifest, "files": files}.items()
+    ]
+    return "{\n" + ",\n".join([*lines, _sites_text(fold(sites))]) + "\n}\n"
+
+
+def _sites_text(groups: Sequence[dict[str, Any]]) -> str:
+    texts = []
+    for group in groups:
+        head = json.dumps({k: v for k, v in group.items() if k != "sites"})
+        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in group["sites"])
+        texts.append(f'{head[:-1]}, "sites": [\n{rows}]}}')
+    return '"sites": [\n' + ",\n".join(texts) + "]"
+
+
+def fold(sites: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Site records by what they share: groups with a list of the values of OWN per site. Names of
+    experts have their number replaced by `{expert}`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        own = [site[key] for key in OWN]
+        shared = {key: value for key, value in site.items() if key not in OWN}
+        parts = shared["name"].rsplit(f".{site['expert']}.", 1)
+        if len(parts) == 2:
+            shared["name"] = ".{expert}.".join(parts)
+        groups.setdefault(json.dumps(shared), {**shared, "sites": []})["sites"].append(own)
+    return list(groups.values())
+
+
+def unfold(groups: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The inverse of `fold`; sites come group by group."""
+    for group in groups:
+        shared = {key: value for key, value in group.items() if key != "sites"}
+        for row in group["sites"]:
+            own = dict(zip(OWN, row, strict=True))
+            name = shared["name"].replace("{expert}", str(own["expert"]))
+            yield {**shared, "name": name, **own}
+
+
 class Writer(Workdir):
     """Writes an artifact so that a kill at any moment loses at most one block."""
 
     def packed_name(self, block: int) -> str:
         """File name of one block's packed weights."""
-        return f"packed-{block + 1:05d}-of-{self.blocks:05d}.safetensors"
+        return packed_file_name(block, self.blocks)
 
     def write_block(
         self, block: int, records: Sequence[SiteRecord], entries: Sequence[Entry]
@@ -209,7 +256,7 @@ class Writer(Workdir):
             files.update(content["files"])
             sites.extend(content["sites"])
         files.update(self._write_dense(dense))
-        write_text(self.work / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(self.work / "config.json", config_text(config))
         _copy_files(source, self.work)
         for file in sorted(self.work.iterdir()):
             if file.name not in files and file.name != MANIFEST and file.suffix != ".tmp":
@@ -217,25 +264,38 @@ class Writer(Workdir):
                     "bytes": file.stat().st_size,
                     "sha256": sha256_file(file),
                 }
-        manifest = {"format_version": FORMAT_VERSION, **manifest, "sites": sites, "files": files}
-        write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_text(self.work / MANIFEST, manifest_text(manifest, sites, files))
         self.publish()
         return Artifact.open(self.out)
 
     def _write_dense(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        shards = list(_shards(entries))
+        parts = list(shards(entries))
         files: dict[str, Any] = {}
         weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards):
-            name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        for number, shard in enumerate(parts):
+            name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
             size, digest = write_file(self.work / name, shard)
             files[name] = {"bytes": size, "sha256": digest}
             weight_map.update({item.name: name for item in shard})
         total = sum(item.nbytes for item in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=1) + "\n"
-        write_text(self.work / "model.safetensors.index.json", text)
+        write_text(self.work / "model.safetensors.index.json", index_text(weight_map, total))
         return files
+
+
+def packed_file_name(block: int, blocks: int) -> str:
+    """File name of the packed weights of one of `blocks` units."""
+    return f"packed-{block + 1:05d}-of-{blocks:05d}.safetensors"
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """config.json."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def index_text(weight_map: Mapping[str, str], total: int) -> str:
+    """The index of dense tensors: name -> file, and their bytes."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=1) + "\n"
 
 
 def finished_with(out: Path, fingerprint: dict[str, Any]) -> Artifact | None:
@@ -254,7 +314,8 @@ def finished_with(out: Path, fingerprint: dict[str, Any]) -> Artifact | None:
     raise in_the_way(out)
 
 
-def _shards(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+def shards(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Dense tensors file by file."""
     shard: list[Entry] = []
     size = 0
     for item in entries:

@@ -90,11 +90,15 @@ class Checkpoint:
         """Read every tensor once: refuse NaN and infinity, return the sha256 of the weights.
 
         The hash covers names, types, shapes and values in name order, so re-sharding keeps it.
-        progress is called with the bytes of each tensor read.
+        progress is called with the bytes of each tensor read. A second call gives the same answer
+        without reading.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinite values.
         """
+        known: str | None = self.__dict__.get("_scanned")
+        if known is not None:
+            return known
         digest = hashlib.sha256()
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
         for name in sorted(self.tensors):
@@ -113,6 +117,7 @@ class Checkpoint:
                     )
             if progress is not None:
                 progress(info.nbytes)
+        self.__dict__["_scanned"] = digest.hexdigest()
         return digest.hexdigest()
 
 

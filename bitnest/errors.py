@@ -48,6 +48,10 @@ class RecipeError(BitnestError):
     """A contradiction in what was asked: a rule that matches nothing, options at odds."""
 
 
+class PlanError(BitnestError):
+    """A plan or recipe file that is broken; `where` holds the line."""
+
+
 class DataError(BitnestError):
     """Calibration or evaluation text that is missing, unreadable or too short."""
 

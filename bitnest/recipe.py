@@ -1,22 +1,21 @@
 """A recipe: what was asked for, before any weight is looked at.
 
 Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites
-no rule matches get the default format. A pattern is a shell glob over the site's whole name
-(`*.mlp.experts.*.down_proj`) or, after `re:`, a regular expression that must match somewhere in
-it; a site's kind can be named as `kind:attention`. Routers stay dense unless a rule names them.
+no rule matches get the default format. Patterns are those of `patterns`: globs over the site's
+whole name (`*.mlp.experts.{0,4-7}.down_proj`), `re:...` or `kind:attention`. Routers stay dense
+unless a rule names them.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
-from bitnest.sites import KINDS, Site
+from bitnest.patterns import Names
+from bitnest.sites import Site
 
 METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
@@ -46,28 +45,6 @@ class Rule:
             )
         parse_format(fmt)
         return cls(pattern, fmt)
-
-    def matcher(self) -> Callable[[Site], bool]:
-        """Whether a site matches.
-
-        Raises:
-            RecipeError: a broken regular expression or an unknown kind.
-        """
-        if self.pattern.startswith("kind:"):
-            kind = self.pattern.removeprefix("kind:")
-            if kind not in KINDS:
-                raise RecipeError(f"unknown kind '{kind}'", hint="one of " + ", ".join(KINDS))
-            return lambda site: site.kind == kind
-        if self.pattern.startswith("re:"):
-            try:
-                regex = re.compile(self.pattern.removeprefix("re:"))
-            except re.error as error:
-                raise RecipeError(
-                    f"broken pattern '{self.pattern}': {error}",
-                    hint="re: takes a Python regular expression; without it a pattern is a glob",
-                ) from error
-            return lambda site: regex.search(site.name) is not None
-        return lambda site: fnmatch.fnmatchcase(site.name, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -122,10 +99,11 @@ class Recipe:
         chosen: dict[str, AnyFormat] = {}
         for site in sites:
             name = "dense" if site.kind == "router" else self.format
-            chosen[site.name] = _sized(parse_format(name), itemsize)
+            chosen[site.name] = sized(parse_format(name), itemsize)
+        names = Names(sites)
         for rule in self.rules:
-            matches, fmt = rule.matcher(), _sized(parse_format(rule.format), itemsize)
-            hits = [site.name for site in sites if matches(site)]
+            fmt = sized(parse_format(rule.format), itemsize)
+            hits = names.matching(rule.pattern)
             if not hits:
                 raise RecipeError(
                     f"rule '{rule.pattern}={rule.format}' matches no site",
@@ -134,6 +112,18 @@ class Recipe:
                 )
             chosen.update(dict.fromkeys(hits, fmt))
         return chosen
+
+    def ruled(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Format names that rules give, by site.
+
+        Raises:
+            RecipeError: a rule that matches no site.
+        """
+        names = Names(sites)
+        found: dict[str, str] = {}
+        for rule in self.rules:
+            found.update(dict.fromkeys(names.matching(rule.pattern), rule.format))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and the fingerprint."""
@@ -164,5 +154,6 @@ def default_format(bits: float | None, fmt: str | None, group: int | None) -> st
     return integer(int(bits), DEFAULT_GROUP if group is None else group).name
 
 
-def _sized(fmt: AnyFormat, itemsize: int) -> AnyFormat:
+def sized(fmt: AnyFormat, itemsize: int) -> AnyFormat:
+    """The format; a dense one with bytes per value of the source."""
     return replace(fmt, itemsize=itemsize) if isinstance(fmt, DenseFormat) else fmt

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,17 +191,8 @@ def write_file(file: Path, entries: Sequence[Entry]) -> tuple[int, str]:
 
     Returns its size in bytes and the sha256 of its contents.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for item in entries:
-        header[item.name] = {
-            "dtype": NAMES[item.dtype],
-            "shape": list(item.shape),
-            "data_offsets": [offset, offset + item.nbytes],
-        }
-        offset += item.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = header_text([(item.name, item.dtype, item.shape) for item in entries])
+    offset = sum(item.nbytes for item in entries)
     digest = hashlib.sha256()
     temporary = file.with_name(file.name + ".tmp")
     try:
@@ -215,6 +207,20 @@ def write_file(file: Path, entries: Sequence[Entry]) -> tuple[int, str]:
         raise
     os.replace(temporary, file)
     return 8 + len(text) + offset, digest.hexdigest()
+
+
+def header_text(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The JSON header of a file of tensors (name, type, shape), in their order, padded to 8."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def _file_bytes(header: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]:

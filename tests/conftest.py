@@ -32,3 +32,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Builder:
     logging.disable_progress_bar()
     tokenizer = make_tokenizer(text.read_text(encoding="utf-8"))
     return Builder(tmp_path_factory.mktemp("models"), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a directory of its own: some commands put things into the current one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))

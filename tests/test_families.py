@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitnest import api
+from bitnest.artifact import Artifact
 from bitnest.calibrate import stream
 from bitnest.calibrate.data import calibration_windows, parse_source
 from bitnest.cli import main
@@ -57,7 +58,7 @@ def compress(model: Path, out: Path, text: Path, **options: Any) -> Path:
 
 
 def records(artifact: Path) -> list[dict[str, Any]]:
-    return json.loads((artifact / "bitnest.json").read_text())["sites"]
+    return [record.to_json() for record in Artifact.open(artifact).records]
 
 
 def stored(directory: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from bitnest.cli import (
     export,
     formats,
     inspect,
+    plan,
     serve,
     statistics,
 )
@@ -37,6 +38,7 @@ app = typer.Typer(
     help="Compress large language models, Mixture-of-Experts first; prove what was lost; serve.",
 )
 app.command("analyze")(analyze.command)
+app.command("plan")(plan.command)
 app.command("compress")(compress.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)

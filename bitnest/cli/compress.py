@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from bitnest.cli import dials
 from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 
 
 def command(
+    call: typer.Context,
     model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
-    bits: float = typer.Option(
-        None, "--bits", help="Code width of every site, 1 to 8 (default: 4)."
-    ),
+    bits: float = dials.Bits,
+    size: str = dials.Size,
+    max_kl: float = dials.MaxKl,
+    min_agreement: str = dials.MinAgreement,
+    context: int = dials.Context,
     format: str = typer.Option(
-        None, "--format", help="int3-g64-asym, mxfp4, nvfp4, fp8-channel ...: see bitnest formats."
+        None,
+        "--format",
+        help="One format for all: int3-g64-asym, mxfp4, nvfp4 ...: see bitnest formats.",
     ),
     group: int = typer.Option(
-        None, "--group", help="Input channels per scale, 16 to 128 (default: 128)."
+        None, "--group", help="One integer format for all: input channels per scale, 16 to 128."
+    ),
+    plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
+    recipe: Path = typer.Option(
+        None, "--recipe", help="YAML with any of these options; the command line overrides it."
+    ),
+    target: str = dials.TargetName,
+    policy: str = dials.PolicyName,
+    candidate: list[str] = dials.Candidates,
+    ends: bool = dials.Ends,
+    exact: bool = dials.Exact,
+    check: list[str] = typer.Option(
+        [],
+        "--check",
+        help="Text that --max-kl and --min-agreement are measured on (default: that of --data).",
     ),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn."),
     rule: list[str] = typer.Option(
@@ -69,34 +91,37 @@ def command(
     prepare_process()
     from bitnest import api
 
-    target = out or Path(default_name(model, bits, format, group))
-    if not data and statistics is None and method != "rtn" and not quiet:
+    values: dict[str, Any] = {
+        "bits": bits, "size": parse_size(size), "max_kl": max_kl,
+        "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
+        "group": group, "plan": plan, "target": target, "policy": policy, "candidates": candidate,
+        "ends": ends, "exact": exact, "check": check, "method": method,
+        "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "data": data,
+        "samples": samples, "length": length, "weighting": weighting, "damp": damp,
+        "min_tokens": min_tokens, "clip": clip, "seed": seed, "memory": parse_size(memory),
+        "compute": compute, "statistics": statistics,
+    }  # fmt: skip
+    if recipe is not None:
+        from bitnest.recipe_file import read_recipe
+
+        given = given_options(call, {"rules": ("rule", "keep"), "candidates": ("candidate",)})
+        values = {**values, **read_recipe(recipe, skip=given)}
+
+    def announce(planned: Any, before: Any) -> None:
+        from bitnest.cli import plan_tables
+
+        bars.pause()
+        plan_tables.summary(planned, before, None)
+
+    out_dir = out or Path(default_name(model, values))
+    if not values["data"] and statistics is None and method != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     with Bars(quiet) as bars:
         result = api.compress(
-            model,
-            target,
-            bits=bits,
-            format=format,
-            group=group,
-            method=method,
-            rules=[*rule, *(f"{pattern}=dense" for pattern in keep)],
-            data=data,
-            samples=samples,
-            length=length,
-            weighting=weighting,
-            damp=damp,
-            min_tokens=min_tokens,
-            clip=clip,
-            seed=seed,
-            memory=parse_size(memory),
-            device=device,
-            compute=compute,
-            statistics=statistics,
-            fresh=fresh,
-            trust_remote_code=trust_remote_code,
-            progress=bars,
-        )
+            model, out_dir, **values, device=device, fresh=fresh,
+            trust_remote_code=trust_remote_code, progress=bars,
+            announce=None if quiet else announce,
+        )  # fmt: skip
     if data and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
     if method == "rtn" and not quiet:
@@ -121,8 +146,26 @@ def _warn_without_compiler(device: str | None) -> None:
         )
 
 
-def default_name(model: str, bits: float | None, fmt: str | None, group: int | None) -> str:
-    """Artifact directory for `model` when none is named: <model>-<format> in this directory."""
-    from bitnest.recipe import default_format
+def given_options(call: typer.Context, spelt: dict[str, tuple[str, ...]]) -> set[str]:
+    """Names of values that the command line gave. spelt: values that options of other names
+    give."""
+    asked = {
+        name for name in call.params
+        if getattr(call.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }  # fmt: skip
+    return asked | {value for value, names in spelt.items() if asked & set(names)}
 
-    return f"{Path(model).name}-{default_format(bits, fmt, group)}"
+
+def default_name(model: str, values: Mapping[str, Any]) -> str:
+    """Artifact directory for `model` when none is named: <model>-<what was asked> here."""
+    from bitnest.recipe import DEFAULT_BITS, default_format
+
+    name = Path(model).name
+    if values["plan"] is not None:
+        return f"{name}-{Path(values['plan']).stem}"
+    if values["format"] or values["group"]:
+        return f"{name}-{default_format(values['bits'], values['format'], values['group'])}"
+    for key in ("size", "max_kl", "min_agreement"):
+        if values[key] is not None:
+            return f"{name}-{key.replace('_', '-')}-{values[key]:g}"
+    return f"{name}-{values['bits'] or DEFAULT_BITS:g}bit"

@@ -111,6 +111,10 @@ class Bars:
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note)
 
+    def pause(self) -> None:
+        """Something else is about to be printed."""
+        self._close(finished=True)
+
     def _close(self, finished: bool) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -161,7 +165,36 @@ def summary(result: CompressResult) -> None:
     console.print(f"error: share of {lost}", highlight=False)
     if result.predicted is not None:
         console.print(_expected(result.predicted), highlight=False)
-    console.print(f"artifact: {result.path} ({result.seconds:.1f} s)", highlight=False)
+    if result.measured is not None:
+        console.print(_limit_met(result), highlight=False)
+    if result.forecast is not None:
+        console.print(_kept(result), highlight=False)
+    console.print(
+        f"artifact: {result.path}, {result.artifact_bytes:,} bytes ({result.seconds:.1f} s)",
+        highlight=False,
+    )
+
+
+def _kept(result: CompressResult) -> str:
+    """What was estimated beforehand beside what came."""
+    assert result.forecast is not None
+    parts = [
+        f"{result.forecast['disk']:,} bytes, came {result.artifact_bytes:,}",
+        f"{result.forecast['seconds']:.0f} s, took {result.seconds:.0f}",
+    ]
+    if result.peak_memory is not None:
+        parts.append(f"{size(result.forecast['memory'])}, held {size(result.peak_memory)}")
+    return "estimated: " + "; ".join(parts)
+
+
+def _limit_met(result: CompressResult) -> str:
+    """What a limit was met with."""
+    assert result.measured is not None
+    texts = ", ".join(
+        f"{name} KL {found['kl']:.3g}, same top-1 {found['agreement']:.1%}"
+        for name, found in result.measured["texts"].items()
+    )
+    return f"measured after {result.rounds} tries: {texts}"
 
 
 def _expected(predicted: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ from bitnest.eval.report import EvalReport, Row, Text, score
 from bitnest.eval.size import count_parameters, weight_bytes
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.packed.loading import load_model, load_tokenizer
+from bitnest.packed.modules import hold_decoded
 
 if TYPE_CHECKING:
     from bitnest.progress import Progress
@@ -109,6 +110,7 @@ def evaluate(
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
         model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        hold_decoded(model)
         head = open_head(model, tokens[0], name)
         nbytes = weight_bytes(path)
         counted = parameters if based else count_parameters(path)

@@ -47,7 +47,7 @@ def check_layout(records: Sequence[SiteRecord]) -> None:
         )
     for record in records:
         if record.file:
-            _check_storage(record)
+            check_site_storage(record)
     for family in fused_families(r for r in records if r.site.kind != "expert"):
         names = "/".join(record.site.name.rpartition(".")[2] for record in family)
         check_one_scheme(family, f"{names} are loaded as one matrix", f"give {names} one format")
@@ -80,7 +80,12 @@ def check_one_scheme(family: Sequence[SiteRecord], rule: str, hint: str) -> None
             )
 
 
-def _check_storage(record: SiteRecord) -> None:
+def check_site_storage(record: SiteRecord) -> None:
+    """Refuse a site that the files cannot hold as it is.
+
+    Raises:
+        TargetError: the rule it breaks.
+    """
     site = record.site
     if site.transposed and site.param == "weight":
         raise TargetError(

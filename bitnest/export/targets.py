@@ -48,19 +48,35 @@ def check_engine(
     for record in packed:
         _check_site(name, engine, record)
     experts = [record for record in packed if record.site.kind == "expert"]
-    top_k = _experts_per_token(config)
-    if experts and top_k < engine.min_top_k:
-        raise TargetError(
-            f"{name} runs packed experts from {engine.min_top_k} experts per token on, "
-            f"this model uses {top_k}",
-            where=experts[0].site.name,
-            hint="keep the experts dense: --rule 'kind:expert=dense'",
-        )
+    for record in experts[:1]:
+        _check_top_k(name, record, config)
     if engine.one_expert_scheme:
         _check_all_experts(name, records)
     if engine.fuses:
         _check_fused(name, packed, global_scales or {})
     return _notes(name, engine, packed, experts, dtype)
+
+
+def check_site(name: str, record: SiteRecord, config: Mapping[str, Any]) -> None:
+    """Refuse one packed site that engine `name` cannot run, whatever the others are.
+
+    Raises:
+        TargetError: it cannot.
+    """
+    _check_site(name, ENGINES[name], record)
+    if record.site.kind == "expert":
+        _check_top_k(name, record, config)
+
+
+def _check_top_k(name: str, record: SiteRecord, config: Mapping[str, Any]) -> None:
+    least, top_k = ENGINES[name].min_top_k, _experts_per_token(config)
+    if top_k < least:
+        raise TargetError(
+            f"{name} runs packed experts from {least} experts per token on, "
+            f"this model uses {top_k}",
+            where=record.site.name,
+            hint="keep the experts dense: --rule 'kind:expert=dense'",
+        )
 
 
 def engine_notes(

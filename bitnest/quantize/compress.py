@@ -12,6 +12,8 @@ come out the same. Runs with other inputs, versions or thread counts do not resu
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +38,7 @@ from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
-from bitnest.errors import ArtifactError, RecipeError, StatisticsError
+from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat, parse_format
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
@@ -52,6 +54,7 @@ from bitnest.workdir import partial_directory, storage_error
 
 if TYPE_CHECKING:
     from bitnest.calibrate.expect import Expected
+    from bitnest.plan import Plan
 
 ALGORITHM = 2  # raised when the same inputs would give other bytes than an earlier version
 
@@ -62,7 +65,8 @@ class Job:
 
     calibration: tokens to calibrate on, None for rtn. memory: bytes the process may use, or None.
     compute: type of the block's weights and hidden states while samples pass through it; Hessians
-    and the solver are float32 always. expected: what statistics predict, for the manifest.
+    and the solver are float32 always. expected: what statistics predict, for the manifest. plan:
+    that the recipe's rules come from.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +79,7 @@ class Job:
     memory: int | None
     compute: torch.dtype = torch.float32
     expected: Expected | None = None
+    plan: Plan | None = None
 
     @property
     def itemsize(self) -> int:
@@ -145,6 +150,12 @@ def run(
             where=str(job.checkpoint.path),
             hint="bitnest analyze this model, or leave out --statistics",
         )
+    if job.plan is not None and job.plan.source not in {"", source_hash}:
+        raise PlanError(
+            f"the plan is of another model ('{job.plan.model}'): its weights differ",
+            where=str(job.checkpoint.path),
+            hint="plan for this model, or empty the plan's 'source'",
+        )
     fingerprint = _fingerprint(job, source_hash)
     done = finished_with(out, fingerprint)
     if done is not None:
@@ -157,7 +168,10 @@ def run(
             _Run(job, writer, budget, progress).blocks(finished)
         progress.phase("writing dense tensors", 1)
         artifact = writer.finish(
-            job.checkpoint.path, _config(job), _dense_entries(job), _manifest(job, fingerprint)
+            job.checkpoint.path,
+            artifact_config(job),
+            dense_entries(job),
+            _manifest(job, fingerprint),
         )
         progress.step()
     except OSError as error:
@@ -319,7 +333,7 @@ def packed_bytes(job: Job) -> int:
     )
 
 
-def _dense_entries(job: Job) -> list[Entry]:
+def dense_entries(job: Job) -> list[Entry]:
     from bitnest.safetensors_io import DTYPES
 
     entries = []
@@ -334,7 +348,7 @@ def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], torch.Tensor]:
     return lambda: checkpoint.read(name)
 
 
-def _config(job: Job) -> dict[str, Any]:
+def artifact_config(job: Job) -> dict[str, Any]:
     """The source's config.json with what transformers needs to find bitnest."""
     return {
         **job.checkpoint.config,
@@ -354,7 +368,7 @@ def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
         **({} if expected is None else {"statistics": expected.statistics}),
         "source": source_hash,
         "config": job.checkpoint.config,
-        "recipe": job.recipe.to_json(),
+        "recipe": _brief(job.recipe),
         "calibration": None if calibration is None else calibration.sha256,
         "algorithm": ALGORITHM,
         "torch": torch.__version__,
@@ -365,6 +379,12 @@ def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
         "memory": job.memory,
         "encoder": implementation(),
     }
+
+
+def _brief(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with a checksum for its rules, which may be thousands."""
+    values = recipe.to_json()
+    return {**values, "rules": hashlib.sha256(json.dumps(values["rules"]).encode()).hexdigest()}
 
 
 def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -388,8 +408,14 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
             "sources": calibration.counts,
         },
         **({} if job.expected is None else {"predicted": job.expected.to_json()}),
+        **({} if job.plan is None else {"plan": job.plan.summary()}),
         "fingerprint": fingerprint,
     }
+
+
+def draft_manifest(job: Job, source_hash: str) -> dict[str, Any]:
+    """The manifest but for sites and files, of weights with that hash."""
+    return _manifest(job, _fingerprint(job, source_hash))
 
 
 def _numel(shape: Sequence[int]) -> int:

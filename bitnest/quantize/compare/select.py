@@ -15,8 +15,8 @@ from bitnest.formats import (
 )
 from bitnest.formats.catalogue import UNIFORM
 from bitnest.formats.elements import FloatElement, IntElement
+from bitnest.patterns import matcher
 from bitnest.quantize.solve import needs_statistics
-from bitnest.recipe import Rule
 from bitnest.sites import Site
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -88,7 +88,7 @@ def matching(sites: Sequence[Site], pattern: str | None) -> list[Site]:
     if pattern is None:
         found = [site for site in sites if site.kind != "router"]
     else:
-        matches = Rule(pattern, "dense").matcher()
+        matches = matcher(pattern)
         found = [site for site in sites if matches(site)]
     if not found:
         raise RecipeError(

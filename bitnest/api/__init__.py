@@ -11,209 +11,47 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnest.artifact import Artifact, SiteRecord, is_artifact
+from bitnest.api.compressing import DEFAULT_LENGTH, DEFAULT_SAMPLES, compress
+from bitnest.api.planning import (
+    check_plan,
+    compare_policies,
+    constraint_cost,
+    frontier,
+    plan,
+    preflight,
+)
+from bitnest.api.result import CompressResult, Group, summarise
+from bitnest.api.texts import (
+    calibration_set,
+    check_length,
+    check_vocabulary,
+    check_windows,
+    sources,
+)
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
-from bitnest.errors import ArtifactError, CheckpointError, DataError, RecipeError
-from bitnest.formats import parse_format
+from bitnest.errors import ArtifactError, RecipeError
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import Recipe, Rule, default_format
+from bitnest.recipe import Recipe
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
-    from bitnest.calibrate.data import CalibrationSet, DataSource
     from bitnest.eval.evaluate import EvalReport
     from bitnest.progress import Progress
     from bitnest.quantize.compare import Comparison
     from bitnest.statistics import Statistics
 
 __all__ = [
-    "CompressResult", "Group", "analyze", "compare_formats", "compress", "evaluate", "export",
-    "inspect", "load", "load_tokenizer", "merge_statistics", "write_report",
+    "CompressResult", "Group", "analyze", "check_plan", "compare_formats", "compare_policies",
+    "compress", "constraint_cost", "evaluate", "export", "frontier", "inspect", "load",
+    "load_tokenizer", "merge_statistics", "plan", "preflight", "summarise", "write_report",
 ]  # fmt: skip
 
-DEFAULT_SAMPLES = 64
-DEFAULT_LENGTH = 512
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sites of one kind and format, summed. error: parameter-weighted mean relative error."""
-
-    kind: str
-    format: str
-    sites: int
-    parameters: int
-    nbytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class CompressResult:
-    """A finished run.
-
-    path: the artifact. groups: its sites by kind and format. dense_bytes: of what is not a site
-    or stayed dense. nbytes: of all weights. source_bytes: of the checkpoint. bits: average code
-    width over the quantised weights. bits_per_weight: the same with scales and zero points.
-    starved: experts whose Hessian leaned on the layer's inputs. calibrated: whether text was read.
-    seconds: wall time. predicted: what statistics said beforehand, see `calibrate.expect.Expected`.
-    """
-
-    path: Path
-    groups: tuple[Group, ...]
-    dense_bytes: int
-    nbytes: int
-    source_bytes: int
-    bits: float
-    bits_per_weight: float
-    starved: int
-    experts: int
-    calibrated: bool
-    seconds: float
-    predicted: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **{k: v for k, v in vars(self).items() if k not in {"path", "groups"}},
-            "path": str(self.path),
-            "groups": [vars(group) for group in self.groups],
-        }
-
-
-def compress(
-    model: str | Path,
-    out: str | Path,
-    *,
-    bits: float | None = None,
-    format: str | None = None,
-    group: int | None = None,
-    method: str = "gptq",
-    rules: Sequence[str] = (),
-    data: Sequence[str] = (),
-    samples: int = DEFAULT_SAMPLES,
-    length: int = DEFAULT_LENGTH,
-    weighting: str = "gate",
-    damp: float = 0.03,
-    min_tokens: int | None = None,
-    clip: bool = True,
-    seed: int = 0,
-    memory: int | None = None,
-    device: str | None = None,
-    compute: str = "auto",
-    statistics: str | Path | None = None,
-    fresh: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> CompressResult:
-    """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
-
-    bits, group or format: the default format (4 bits in groups of 128). rules: PATTERN=FORMAT,
-    later ones win. data: calibration texts, `label=source`; none means the embedded text. rtn
-    reads no text unless a format is fitted to inputs. samples, length: calibration windows and
-    their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
-    memory: bytes the process may use. compute: type samples are calibrated in, see
-    `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model: says
-    beforehand what KL to expect; without data, its texts are calibrated on. fresh: forget an
-    unfinished run instead of resuming it.
-
-    Raises:
-        BitnestError: before work starts for whatever can be known then.
-    """
-    from bitnest.quantize.compress import (
-        prepare,
-        run,
-        wants_calibration,
-        with_calibration,
-        with_expectation,
-    )
-
-    recipe = Recipe(
-        format=default_format(bits, format, group),
-        rules=tuple(Rule.parse(rule) for rule in rules),
-        method=method,
-        damp=damp,
-        weighting=weighting,
-        min_tokens=min_tokens,
-        clip=clip,
-        seed=seed,
-    )
-    checkpoint = Checkpoint.open(model)
-    job = prepare(
-        checkpoint,
-        recipe,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        memory=memory,
-        compute=compute,
-    )
-    if statistics is not None:
-        from bitnest.calibrate.expect import expect
-
-        job = with_expectation(job, expect(statistics, job.formats, method))
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    if wants_calibration(job):
-        _check_length(job.skeleton.model.config, length)
-        sources = _sources(data)
-        if statistics is not None and not data:
-            from bitnest.calibrate.expect import texts
-
-            sources = texts(statistics)
-        calibration = _calibration(tokenizer, sources, samples, length, seed)
-        _check_vocabulary(job.skeleton.model, calibration, checkpoint)
-        if job.expected is not None:
-            job.expected.check_text(calibration)
-        job = with_calibration(job, calibration)
-    del tokenizer  # tens of megabytes that the run does not need
-    artifact, seconds = run(job, Path(out).absolute(), fresh=fresh, progress=progress)
-    return summarise(artifact, seconds)
-
-
-def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
-    """Sites and bytes of an artifact, counted by kind and format; nothing is left out."""
-    sums: dict[tuple[str, str], list[SiteRecord]] = {}
-    for record in artifact.records:
-        sums.setdefault((record.site.kind, record.format), []).append(record)
-    groups = tuple(_group(*key, records) for key, records in sorted(sums.items()))
-    files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}
-    packed = [r for r in artifact.packed() if r.format != "dense"]
-    weights = sum(r.site.numel for r in packed) or 1
-    widths = sum(r.site.numel * parse_format(r.format).bits for r in packed)
-    minimum = artifact.manifest["recipe"]["min_tokens"]
-    experts = {(r.site.layer, r.site.expert) for r in packed if r.site.expert is not None}
-    starved = {
-        (r.site.layer, r.site.expert)
-        for r in packed
-        if r.site.expert is not None
-        and r.tokens is not None
-        and r.tokens < (minimum or r.site.shape[1])
-    }
-    nbytes = sum(entry["bytes"] for entry in files.values())
-    return CompressResult(
-        path=artifact.path,
-        groups=groups,
-        dense_bytes=nbytes - sum(r.nbytes for r in artifact.packed()),
-        nbytes=nbytes,
-        source_bytes=artifact.manifest["source"]["bytes"],
-        bits=widths / weights,
-        bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
-        starved=len(starved),
-        experts=len(experts),
-        calibrated=artifact.manifest.get("calibration") is not None,
-        seconds=seconds,
-        predicted=artifact.manifest.get("predicted"),
-    )
-
-
-def _group(kind: str, fmt: str, records: list[SiteRecord]) -> Group:
-    parameters = sum(r.site.numel for r in records)
-    error = sum(r.error * r.site.numel for r in records) / parameters
-    return Group(kind, fmt, len(records), parameters, sum(r.nbytes for r in records), error)
 
 
 def evaluate(
@@ -281,10 +119,10 @@ def compare_formats(
     )
     measured = choose_sites(job.sites, sites, per_kind)
     if calibrate:
-        _check_length(job.skeleton.model.config, length)
+        check_length(job.skeleton.model.config, length)
         tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-        calibration = _calibration(tokenizer, _sources(data), samples, length, seed)
-        _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+        calibration = calibration_set(tokenizer, sources(data), samples, length, seed)
+        check_vocabulary(job.skeleton.model, calibration, checkpoint)
         job = with_calibration(job, calibration)
     return compare(
         job,
@@ -376,11 +214,11 @@ def analyze(
                          progress=progress or Silent())  # fmt: skip
         write_report(target)
         return statistics
-    _check_windows(data, length)
-    _check_length(job.skeleton.model.config, length)
+    check_windows(data, length)
+    check_length(job.skeleton.model.config, length)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    calibration = _calibration(tokenizer, _sources(data), samples, length, seed, pack=pack)
-    _check_vocabulary(job.skeleton.model, calibration, checkpoint)
+    calibration = calibration_set(tokenizer, sources(data), samples, length, seed, pack=pack)
+    check_vocabulary(job.skeleton.model, calibration, checkpoint)
     drawn = None
     if cover is not None:
         calibration, drawn = extend(
@@ -388,7 +226,7 @@ def analyze(
             calibration,
             cover,
             tokenizer=tokenizer,
-            sources=_sources(data),
+            sources=sources(data),
             limit=cover_limit,
             seed=seed,
             progress=progress or Silent(),
@@ -526,61 +364,3 @@ def _inspect_statistics(path: Path, verify: bool) -> dict[str, Any]:
         statistics.verify()
         content["verified"] = len(statistics.header["files"])
     return content
-
-
-def _check_windows(data: Sequence[str], length: int) -> None:
-    """What an analysis needs of its text besides what calibration does."""
-    from bitnest.calibrate.observe import COVER
-
-    if length < 2:
-        raise RecipeError(f"--length {length} leaves nothing to predict", hint="--length 2 or more")
-    for item in _sources(data):
-        if item.label == COVER:
-            raise DataError(
-                f"the label '{COVER}' is kept for windows drawn for coverage",
-                where=item.source,
-                hint=f"name it otherwise: --data text={item.source}",
-            )
-
-
-def _check_length(config: Any, length: int) -> None:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise RecipeError(
-            f"--length {length} is more than the model's context of {limit} tokens",
-            hint=f"--length {limit} or less",
-        )
-
-
-def _check_vocabulary(model: Any, calibration: CalibrationSet, checkpoint: Checkpoint) -> None:
-    largest, known = int(calibration.tokens.max()), model.get_input_embeddings().weight.shape[0]
-    if largest >= known:
-        raise CheckpointError(
-            f"the tokenizer gives token {largest}, the model's vocabulary has {known}",
-            where=str(checkpoint.path),
-            hint="the tokenizer is of another model: copy the right one beside the weights",
-        )
-
-
-def _calibration(
-    tokenizer: Any,
-    sources: Sequence[DataSource],
-    samples: int,
-    length: int,
-    seed: int,
-    *,
-    pack: str = "join",
-) -> CalibrationSet:
-    from bitnest.calibrate.data import calibration_windows
-
-    return calibration_windows(
-        tokenizer, sources, samples=samples, length=length, seed=seed, pack=pack
-    )
-
-
-def _sources(data: Sequence[str]) -> list[DataSource]:
-    from bitnest import demo
-    from bitnest.calibrate.sources import parse_source
-
-    texts = list(data) or [f"demo={demo.calibration_text()}"]
-    return [parse_source(text, weighted=True) for text in texts]

@@ -1,0 +1,257 @@
+"""compress, as a function: from a model and a dial to an artifact.
+
+a format    one format, or one per rule; nothing has to be known of the model
+a budget    statistics (measured first if there are none), then a plan, which is carried out
+a plan      as a file, or as `plan` gave it
+a limit     of KL or agreement: plan, carry out, measure, correct the prediction by what was
+            measured, until the artifact keeps the limit and is not needlessly large (`refine`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitnest.api.planning import Dials, check_policy, default_statistics, open_planner
+from bitnest.api.result import CompressResult, summarise
+from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
+from bitnest.checkpoint import Checkpoint
+from bitnest.errors import RecipeError
+from bitnest.packed.loading import load_tokenizer
+from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
+
+if TYPE_CHECKING:
+    from bitnest.plan import Plan
+    from bitnest.progress import Progress
+    from bitnest.quantize.allocation.planner import Planned
+    from bitnest.quantize.compress import Job
+    from bitnest.quantize.preflight import Preflight
+
+DEFAULT_SAMPLES = 64
+DEFAULT_LENGTH = 512
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    context: int = 0,
+    format: str | None = None,
+    group: int | None = None,
+    plan: str | Path | Plan | None = None,
+    policy: str = "bitnest",
+    target: str = "native",
+    candidates: Sequence[str] = (),
+    ends: bool | None = None,
+    exact: bool = False,
+    check: Sequence[str] = (),
+    method: str = "gptq",
+    rules: Sequence[str] = (),
+    data: Sequence[str] = (),
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    weighting: str = "gate",
+    damp: float = 0.03,
+    min_tokens: int | None = None,
+    clip: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str | None = None,
+    compute: str = "auto",
+    statistics: str | Path | None = None,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[Planned, Preflight], None] | None = None,
+) -> CompressResult:
+    """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
+
+    bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
+    group: one format for all instead. plan: a plan to carry out instead. policy, target,
+    candidates, ends, exact: see `plan`. check: texts that max_kl and min_agreement are measured on.
+    rules: PATTERN=FORMAT, later ones win; no plan overrules them. data: calibration texts,
+    `label=source`; none means those of the statistics, or the embedded text. rtn reads no text
+    unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
+    weighting, damp, min_tokens, clip, seed: see `Recipe`. memory: bytes the process may use.
+    compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory
+    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first.
+    fresh: forget an unfinished run instead of resuming it. announce: called with the plan and what
+    it will take, before it is carried out.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    from bitnest.quantize.compress import prepare
+    from bitnest.quantize.preflight import check_memory, peak_resident
+    from bitnest.quantize.preflight import preflight as estimate
+
+    check_policy(policy)
+    dials = Dials(bits, size, max_kl, min_agreement, context)
+    _check_ways(dials, format, group, plan)
+    recipe = Recipe(
+        format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
+        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
+    )  # fmt: skip
+    maker = Maker(
+        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
+    )
+    uniform = _uniform_format(dials, format, group, plan, method, statistics, policy)
+    recipe = replace(recipe, format=uniform or "dense")
+    job = prepare(
+        Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
+        memory=memory, compute=compute,
+    )  # fmt: skip
+    if uniform is not None:
+        return maker.carry_out(job, statistics)
+    if plan is not None:
+        return maker.planned(job, _opened(plan), rules, statistics)
+    job = maker.calibrated(job, statistics, force=True)
+    if not dials.given:
+        dials = Dials(bits=float(DEFAULT_BITS), context=context)
+    planner = open_planner(
+        model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
+        data=data, samples=samples, length=length, method=method, weighting=weighting, damp=damp,
+        min_tokens=min_tokens, clip=clip, seed=seed, memory=memory, device=device, compute=compute,
+        trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
+        checked=True,
+    )  # fmt: skip
+    where = statistics or default_statistics(model)
+    if dials.measured:
+        from bitnest.api.refine import refine
+
+        return refine(maker, job, planner, dials, check or data, where)
+    found = planner.plan(dials.budget(), policy)
+    before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
+                      length=length, out=maker.out)  # fmt: skip
+    check_memory(before, memory)
+    if announce is not None:
+        announce(found, before)
+    result = maker.planned(job, found.plan, rules, where)
+    return replace(result, forecast=before.to_json(), peak_memory=peak_resident())
+
+
+def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:
+    """Refuse several answers to one question.
+
+    Raises:
+        RecipeError: a plan with a dial, a format with either.
+    """
+    if plan is not None and (dials.given or fmt or group):
+        raise RecipeError(
+            "the plan already says every format",
+            hint="leave out --bits, --size, --max-kl, --format and --group",
+        )
+    if fmt is not None and (dials.given or group is not None):
+        raise RecipeError("--format already says bits and group",
+                          hint="leave out --bits and --group, or leave --format out")  # fmt: skip
+    if group is not None and dials.given and dials.bits is None:
+        raise RecipeError("--group goes with --bits", hint="--bits 4 --group 64")
+
+
+def _uniform_format(
+    dials: Dials,
+    fmt: str | None,
+    group: int | None,
+    plan: object,
+    method: str,
+    statistics: str | Path | None,
+    policy: str,
+) -> str | None:
+    """The one format that was asked for, or None if there is to be a plan.
+
+    Rounding to nearest reads no text, so without statistics there is nothing to plan by: a whole
+    number of bits is one format then. The same holds for a group, and for policy uniform.
+    """
+    if plan is not None:
+        return None
+    if fmt is not None:
+        return default_format(None, fmt, None)
+    blind = method == "rtn" and statistics is None
+    if group is not None or (policy == "uniform" and _whole(dials)) or (blind and _whole(dials)):
+        return default_format(dials.bits, None, group)
+    return None
+
+
+def _whole(dials: Dials) -> bool:
+    return not dials.given or (dials.bits is not None and float(dials.bits).is_integer())
+
+
+def _opened(plan: str | Path | Plan) -> Plan:
+    from bitnest.plan import Plan
+
+    return plan if isinstance(plan, Plan) else Plan.read(plan)
+
+
+class Maker:
+    """What one call of `compress` needs for every artifact it makes."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        out: Path,
+        data: Sequence[str],
+        samples: int,
+        length: int,
+        fresh: bool,
+        trust_remote_code: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.out, self.data = model, out, data
+        self.samples, self.length, self.fresh = samples, length, fresh
+        self.trust, self.progress = trust_remote_code, progress
+
+    def planned(
+        self,
+        job: Job,
+        plan: Plan,
+        rules: Sequence[str],
+        statistics: str | Path | None,
+        out: Path | None = None,
+    ) -> CompressResult:
+        """Carry out a plan, the rules given by hand on top of it."""
+        own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
+        recipe = replace(job.recipe, format="dense", rules=own)
+        job = replace(
+            job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
+        )
+        return self.carry_out(job, statistics, out)
+
+    def carry_out(
+        self, job: Job, statistics: str | Path | None, out: Path | None = None
+    ) -> CompressResult:
+        """Calibrate and make the artifact."""
+        from bitnest.quantize.compress import run, with_expectation
+
+        if statistics is not None:
+            from bitnest.calibrate.expect import expect
+
+            job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+        job = self.calibrated(job, statistics)
+        artifact, seconds = run(job, out or self.out, fresh=self.fresh, progress=self.progress)
+        return summarise(artifact, seconds)
+
+    def calibrated(self, job: Job, statistics: str | Path | None, *, force: bool = False) -> Job:
+        """The job with its calibration text, if it needs any. force: it will, once it is
+        planned."""
+        from bitnest.quantize.compress import wants_calibration, with_calibration
+
+        if job.calibration is None and (force or wants_calibration(job)):
+            check_length(job.skeleton.model.config, self.length)
+            chosen = sources(self.data)
+            if statistics is not None and not self.data:
+                from bitnest.calibrate.expect import texts
+
+                chosen = texts(statistics)
+            tokenizer = load_tokenizer(job.checkpoint.path, trust_remote_code=self.trust)
+            found = calibration_set(tokenizer, chosen, self.samples, self.length, job.recipe.seed)
+            check_vocabulary(job.skeleton.model, found, job.checkpoint)
+            job = with_calibration(job, found)
+        if job.expected is not None and job.calibration is not None:
+            job.expected.check_text(job.calibration)
+        return job

@@ -1,0 +1,378 @@
+"""plan, as a function: from statistics and a budget to a plan, and what follows from many of them.
+
+Planning reads the checkpoint's headers and the statistics, no weights: seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnest.checkpoint import Checkpoint, resolve_model
+from bitnest.errors import RecipeError, StatisticsError
+from bitnest.recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    from bitnest.plan import Plan
+    from bitnest.progress import Progress
+    from bitnest.quantize.allocation.frontier import Frontier
+    from bitnest.quantize.allocation.planner import Budget, Planned, Planner
+    from bitnest.quantize.compress import Job
+
+AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
+"""Measured on three texts and widths of 2 to 4 bits: .69 to .78 (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Dials:
+    """What may be asked of a plan; one of the first four.
+
+    bits: average code width. size: bytes of the artifact. max_kl: nats per token. min_agreement:
+    share of tokens with the same most likely next token, 0 to 1. context: tokens of cache that
+    `size` has to hold too.
+
+    Raises:
+        RecipeError: several, or out of range.
+    """
+
+    bits: float | None = None
+    size: int | None = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        given = [
+            n for n in ("bits", "size", "max_kl", "min_agreement") if getattr(self, n) is not None
+        ]
+        if len(given) > 1:
+            raise RecipeError(
+                "one dial at a time, not "
+                + " and ".join("--" + n.replace("_", "-") for n in given),
+                hint="--bits, --size, --max-kl or --min-agreement",
+            )
+        if self.min_agreement is not None and not 0 < self.min_agreement < 1:
+            raise RecipeError(
+                f"an agreement of {self.min_agreement:g} is no share between 0 and 1",
+                hint="--min-agreement 95%",
+            )
+        if given or self.context:
+            self.budget()
+
+    @property
+    def given(self) -> bool:
+        """Whether any was."""
+        return any(v is not None for v in (self.bits, self.size, self.max_kl, self.min_agreement))
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is met by measurement."""
+        return self.max_kl is not None or self.min_agreement is not None
+
+    def budget(self) -> Budget:
+        """The budget of a first plan.
+
+        Raises:
+            RecipeError: out of range.
+        """
+        from bitnest.quantize.allocation.planner import Budget
+
+        limit = self.max_kl
+        if self.min_agreement is not None:
+            limit = ((1 - self.min_agreement) / AGREEMENT) ** 2
+        return Budget(bits=self.bits, size=self.size, kl=limit, context=self.context)
+
+
+def plan(
+    model: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    bits: float | None = None,
+    size: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    context: int = 0,
+    target: str = "native",
+    policy: str = "bitnest",
+    rules: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    ends: bool | None = None,
+    weights: Mapping[str, float] | None = None,
+    latency: Mapping[str, float] | None = None,
+    exact: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **analysis: Any,
+) -> Planned:
+    """The plan for `model` under a budget; see `Dials` for bits ... context, 4 bits if none.
+
+    statistics: directory that `analyze` wrote; without it `<model>-statistics` in this directory,
+    measured now if it is not there, with `analysis` (data, samples, length, ...). target: the
+    engine that is to load the result. policy: `bitnest` or one it is compared with. rules:
+    PATTERN=FORMAT that no plan overrules. candidates: formats to choose among, of those measured.
+    ends: plan embedding and head too; None: with a size or KL. weights: of the texts. latency:
+    seconds per weight by format, for policy mxmoe. exact: prove the optimum.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    check_policy(policy)
+    dials = Dials(bits, size, max_kl, min_agreement, context)
+    if not dials.given:
+        dials = Dials(bits=4.0, context=context)
+    planner = open_planner(
+        model, statistics, target=target, rules=rules, candidates=candidates, ends=ends,
+        weights=weights, latency=latency, exact=exact, trust_remote_code=trust_remote_code,
+        progress=progress, budget=dials.budget(), **analysis,
+    )  # fmt: skip
+    return planner.plan(dials.budget(), policy)
+
+
+def check_policy(policy: str) -> None:
+    """Refuse an unknown policy.
+
+    Raises:
+        RecipeError: it is.
+    """
+    from bitnest.quantize.allocation.policies import POLICIES
+
+    if policy not in POLICIES:
+        raise RecipeError(f"unknown policy '{policy}'", hint="one of " + ", ".join(POLICIES))
+
+
+def open_planner(
+    model: str | Path,
+    statistics: str | Path | None = None,
+    *,
+    target: str = "native",
+    rules: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    ends: bool | None = None,
+    weights: Mapping[str, float] | None = None,
+    latency: Mapping[str, float] | None = None,
+    exact: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    job: Job | None = None,
+    budget: Budget | None = None,
+    checked: bool = False,
+    **analysis: Any,
+) -> Planner:
+    """A planner over the statistics of `model`; see `plan`. job: of the model, if there is one.
+    budget: refused before anything is measured if it cannot be met. checked: read the weights, and
+    refuse statistics of others; without it names and shapes are compared.
+
+    Raises:
+        BitnestError: before work starts for whatever can be known then.
+    """
+    from bitnest.calibrate.predict import Predictor
+    from bitnest.export.plan_targets import open_target
+    from bitnest.quantize.allocation.planner import Planner, check_budget
+    from bitnest.quantize.compress import prepare
+
+    if job is None:
+        recipe = Recipe(format="dense", rules=tuple(Rule.parse(rule) for rule in rules))
+        job = prepare(Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code)
+    goal = open_target(target, job.checkpoint.config)
+    wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
+    if checked:
+        check_source(job, model, statistics, progress)
+    if budget is not None:
+        check_budget(
+            job, goal, _measured(model, statistics) or wanted or goal.formats, budget, ends
+        )
+    found = ensure_statistics(
+        model, statistics, formats=wanted or goal.formats, progress=progress,
+        trust_remote_code=trust_remote_code, **analysis,
+    )  # fmt: skip
+    return Planner(
+        job, Predictor(found), goal, formats=_names(candidates), ends=ends,
+        weights=weights, latency=latency, exact=exact,
+    )  # fmt: skip
+
+
+def check_source(
+    job: Job, model: str | Path, statistics: str | Path | None, progress: Progress | None
+) -> None:
+    """Refuse statistics of other weights, before anything is planned with them.
+
+    Raises:
+        StatisticsError: their sha256 differs.
+    """
+    from bitnest.progress import Silent
+    from bitnest.statistics import Statistics, is_statistics
+
+    place = default_statistics(model) if statistics is None else Path(statistics)
+    if not is_statistics(place):
+        return
+    watch = progress or Silent()
+    watch.phase("checking weights", job.checkpoint.nbytes)
+    if job.checkpoint.scan(watch.step) != Statistics.open(place).header["source"]["sha256"]:
+        raise StatisticsError(
+            "the statistics are of another model: its weights differ",
+            where=str(place),
+            hint=f"bitnest analyze {model} -o DIR, and --statistics DIR",
+        )
+
+
+def _names(candidates: Sequence[str]) -> tuple[str, ...] | None:
+    from bitnest.formats import parse_format
+
+    return tuple(parse_format(name).name for name in candidates) or None
+
+
+def _measured(model: str | Path, statistics: str | Path | None) -> tuple[str, ...]:
+    """Formats of the statistics that are there already."""
+    from bitnest.statistics import Statistics, is_statistics
+
+    place = default_statistics(model) if statistics is None else Path(statistics)
+    return tuple(Statistics.open(place).formats) if is_statistics(place) else ()
+
+
+def ensure_statistics(
+    model: str | Path,
+    statistics: str | Path | None,
+    *,
+    formats: Sequence[str],
+    progress: Progress | None = None,
+    **analysis: Any,
+) -> Any:
+    """The statistics in a directory, verified; without one those in `<model>-statistics`, measured
+    now if nothing is there.
+
+    Raises:
+        BitnestError: damaged, or whatever an analysis may meet.
+    """
+    from bitnest import api
+    from bitnest.statistics import Statistics, is_statistics
+
+    if statistics is None:
+        place = default_statistics(model)
+        if not is_statistics(place):
+            return api.analyze(model, place, formats=formats, progress=progress, **analysis)
+        statistics = place
+    elif not is_statistics(Path(statistics)):
+        raise StatisticsError(
+            "no statistics here",
+            where=str(statistics),
+            hint=f"bitnest analyze {model} -o {statistics} makes them",
+        )
+    found = Statistics.open(statistics)
+    found.verify()
+    return found
+
+
+def default_statistics(model: str | Path) -> Path:
+    """Where statistics of a model are kept if nothing else is said: `<model>-statistics` here."""
+    name = "demo" if str(model) == "demo" else resolve_model(model).resolve().name
+    return Path(f"{name}-statistics")
+
+
+def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
+    """What a plan file costs and loses now, for one that was edited by hand.
+
+    Raises:
+        BitnestError: it does not fit the model, the statistics or its target.
+    """
+    planner = open_planner(model, target=plan.target, **options)
+    return planner.evaluate(plan)
+
+
+def frontier(
+    model: str | Path, sizes: Sequence[int] = (), *, points: int = 12, **options: Any
+) -> Frontier:
+    """Size against predicted KL at `points` sizes between the smallest and the largest useful plan,
+    or at `sizes` bytes.
+
+    Raises:
+        BitnestError: as `plan`.
+    """
+    from bitnest.quantize.allocation.frontier import trace
+
+    policies = tuple(options.pop("policies", ("bitnest",)))
+    return trace(open_planner(model, **options), sizes, points, policies)
+
+
+def compare_policies(
+    model: str | Path,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    context: int = 0,
+    **options: Any,
+) -> list[Planned]:
+    """What every policy makes of one budget; those that cannot meet it are left out. A limit of KL
+    becomes the size that ours needs for it.
+
+    Raises:
+        BitnestError: as `plan`.
+    """
+    from bitnest.quantize.allocation.planner import Budget
+    from bitnest.quantize.allocation.policies import POLICIES
+    from bitnest.quantize.allocation.problem import BudgetError
+
+    dials = Dials(bits, size, max_kl, min_agreement, context)
+    if not dials.given:
+        dials = Dials(bits=4.0, context=context)
+    planner = open_planner(model, **options)
+    budget = dials.budget()
+    if budget.kl is not None:
+        budget = Budget(size=planner.plan(budget).sizes.total)
+    found = []
+    for policy in POLICIES:
+        try:
+            found.append(planner.plan(budget, policy))
+        except BudgetError:
+            if policy == "bitnest":
+                raise
+    return found
+
+
+def constraint_cost(
+    model: str | Path, planned: Planned, *, target: str, **options: Any
+) -> dict[str, Any]:
+    """What the target's rules cost: the KL that the native runtime would reach at the same size
+    with the same candidates, and the difference.
+
+    Raises:
+        BitnestError: as `plan`.
+    """
+    from bitnest.quantize.allocation.planner import Budget
+
+    names = ("statistics", "ends", "exact", "rules", "candidates", "weights", "data",
+             "trust_remote_code", "progress")  # fmt: skip
+    kept = {key: value for key, value in options.items() if key in names}
+    kept["candidates"] = [name for name in planned.menu.formats if name != "dense"]
+    planner = open_planner(model, target="native", **kept)
+    free = planner.plan(Budget(size=planned.sizes.total))
+    from bitnest.export.plan_targets import open_target
+
+    rules = open_target(target, Checkpoint.open(model).config).rules
+    return {"free": free.mean, "kl": max(0.0, planned.mean - free.mean), "rules": "; ".join(rules)}
+
+
+def preflight(
+    model: str | Path,
+    planned: Planned,
+    *,
+    machine: str | None = None,
+    samples: int = 64,
+    length: int = 512,
+    out: Path | None = None,
+) -> Any:
+    """What carrying out a plan takes and gives; see `quantize.preflight`.
+
+    Raises:
+        RecipeError: an unknown machine.
+    """
+    from bitnest.quantize.compress import prepare
+    from bitnest.quantize.preflight import preflight as estimate
+
+    job = prepare(Checkpoint.open(model), Recipe(format="dense", rules=planned.plan.rules))
+    return estimate(
+        job, job.formats, planned.sizes, samples=samples, length=length, machine=machine, out=out
+    )

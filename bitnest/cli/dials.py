@@ -1,0 +1,57 @@
+"""The dials of a plan, spelt once for `plan` and `compress`."""
+
+from __future__ import annotations
+
+import typer
+
+from bitnest.errors import RecipeError
+
+Bits = typer.Option(
+    None, "--bits", help="Average code width over the planned weights, such as 3.5 (default: 4)."
+)
+Size = typer.Option(
+    None,
+    "--size",
+    help="Every byte of the artifact, such as 12GiB; embedding and head planned too.",
+)
+MaxKl = typer.Option(
+    None, "--max-kl", help="Mean KL to the original in nats per token, such as 0.02."
+)
+MinAgreement = typer.Option(
+    None, "--min-agreement", help="Share of tokens with the same top choice, such as 95%."
+)
+Context = typer.Option(
+    0, "--context", min=0, help="With --size: tokens of 16-bit cache to fit too."
+)
+TargetName = typer.Option(
+    "native", "--target", help="Who is to load it: native, vllm-cuda, vllm-cpu, transformers, gguf."
+)
+PolicyName = typer.Option(
+    "bitnest",
+    "--policy",
+    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe.",
+)
+Candidates = typer.Option(
+    [], "--candidate", help="Format to choose among; may be repeated (default: those measured)."
+)
+Ends = typer.Option(
+    None,
+    "--ends/--no-ends",
+    help="Plan embedding and head too (default: with --size, --max-kl, --min-agreement).",
+)
+Exact = typer.Option(False, "--exact", help="Prove the optimum by integer programming.")
+
+
+def parse_share(text: str | None) -> float | None:
+    """A share such as 95% or 0.95.
+
+    Raises:
+        RecipeError: not one.
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise RecipeError(f"not a share: '{text}'", hint="for example 95% or 0.95") from error
+    return value / 100 if text.strip().endswith("%") else value

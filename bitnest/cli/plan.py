@@ -1,0 +1,172 @@
+"""bitnest plan: a budget becomes a plan; a frontier; why a site got its format."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bitnest.cli import dials
+from bitnest.cli.options import Json, Quiet, Remote, parse_size
+from bitnest.errors import RecipeError
+
+if TYPE_CHECKING:
+    from bitnest.quantize.allocation.planner import Planned
+
+
+def command(
+    model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
+    out: Path = typer.Option(None, "-o", "--out", help="Write the plan here (default: stdout)."),
+    bits: float = dials.Bits,
+    size: str = dials.Size,
+    max_kl: float = dials.MaxKl,
+    min_agreement: str = dials.MinAgreement,
+    context: int = dials.Context,
+    target: str = dials.TargetName,
+    policy: str = dials.PolicyName,
+    candidate: list[str] = dials.Candidates,
+    ends: bool = dials.Ends,
+    exact: bool = dials.Exact,
+    rule: list[str] = typer.Option(
+        [], "--rule", help="PATTERN=FORMAT that no plan overrules: a glob, re:REGEX or kind:KIND."
+    ),
+    keep: list[str] = typer.Option([], "--keep", help="PATTERN: leave matching sites dense."),
+    weight: list[str] = typer.Option(
+        [], "--weight", help="LABEL=WEIGHT of a text in the mean KL (default: 1 each)."
+    ),
+    statistics: Path = typer.Option(
+        None,
+        "--statistics",
+        help="What bitnest analyze wrote (default: MODEL-statistics, measured now if missing).",
+    ),
+    data: list[str] = typer.Option(
+        [],
+        "--data",
+        help="If statistics are measured now: text, [label=]file, directory, hub:name.",
+    ),
+    latency: Path = typer.Option(
+        None, "--latency", help="JSON of seconds per weight by format, for --policy mxmoe."
+    ),
+    check: Path = typer.Option(None, "--check", help="Say what this plan file costs and loses."),
+    explain: list[str] = typer.Option(
+        [], "--explain", help="SITE or pattern: why it got its format."
+    ),
+    frontier: bool = typer.Option(False, "--frontier", help="Size against KL, as a table."),
+    points: int = typer.Option(12, "--points", min=2, help="Sizes on the frontier."),
+    plot: Path = typer.Option(
+        None, "--plot", help="With --frontier: draw it into this .svg or .png."
+    ),
+    mark: list[Path] = typer.Option(
+        [], "--mark", help="With --plot: JSON that bitnest eval wrote; its models are marked."
+    ),
+    compare: bool = typer.Option(
+        False, "--compare", help="Every policy at this budget, in one table."
+    ),
+    machine: str = typer.Option(
+        None, "--machine", help="Predict speed there too: h100, h200, a100, rtx4090, m2-ultra ..."
+    ),
+    trust_remote_code: bool = Remote,
+    json: bool = Json,
+    quiet: bool = Quiet,
+) -> None:
+    """Plan which format every weight gets under a budget; no weights are read.
+
+    The plan is a YAML file to read and edit; bitnest compress --plan carries it out.
+    """
+    from bitnest.cli.render import Bars, print_json, say
+    from bitnest.cli.setup import prepare_process
+
+    prepare_process()
+    from bitnest import api
+    from bitnest.cli import plan_tables as tables
+    from bitnest.quantize.allocation.policies import POLICIES
+
+    options: dict[str, Any] = {
+        "statistics": statistics, "target": target, "ends": ends, "exact": exact,
+        "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
+        "weights": _weights(weight), "latency": _latency(latency), "data": data,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    budget = {
+        "bits": bits, "size": parse_size(size), "max_kl": max_kl,
+        "min_agreement": dials.parse_share(min_agreement), "context": context,
+    }  # fmt: skip
+    with Bars(quiet) as bars:
+        options["progress"] = bars
+        if check is not None:
+            from bitnest.plan import Plan
+
+            given = Plan.read(check)
+            options.pop("target")
+            planned = api.check_plan(model, given, **options)
+        elif frontier:
+            found = api.frontier(
+                model,
+                points=points,
+                policies=tuple(POLICIES) if compare else ("bitnest",),
+                **options,
+            )
+            if plot is not None:
+                from bitnest.cli.frontier_plot import draw
+
+                draw(found, plot, mark)
+            print_json(found.to_json()) if json else tables.frontier(found)
+            return
+        elif compare:
+            rows = api.compare_policies(model, **budget, **options)
+            print_json([tables.row(planned) for planned in rows]) if json else tables.policies(rows)
+            return
+        else:
+            planned = api.plan(model, policy=policy, **budget, **options)
+        cost = (
+            api.constraint_cost(model, planned, **budget, **options)
+            if target != "native" and check is None
+            else None
+        )
+        preflight = api.preflight(model, planned, machine=machine)
+    if out is not None:
+        planned.plan.write(out)
+    if json:
+        print_json(tables.as_json(planned, preflight, cost, explain))
+        return
+    if explain:
+        tables.explain(planned, explain)
+    elif out is None and check is None:
+        typer.echo(planned.plan.to_text(), nl=False)
+    if not quiet:
+        tables.summary(planned, preflight, cost)
+        if out is not None:
+            say(f"next: bitnest compress {model} --plan {out}")
+
+
+def _weights(texts: list[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        label, equals, value = text.rpartition("=")
+        try:
+            found[label] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not label:
+            raise RecipeError(f"a weight reads LABEL=NUMBER, not '{text}'", hint="--weight code=2")
+    return found
+
+
+def _latency(path: Path | None) -> dict[str, float] | None:
+    if path is None:
+        return None
+    try:
+        table = json_module.loads(path.read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(
+            "cannot read the table of latencies", where=str(path),
+            hint='a JSON object, format: seconds per weight, such as {"int4-g128": 1e-11}',
+        ) from error  # fmt: skip
+
+
+def planned_bits(planned: Planned) -> str:
+    """Width in words."""
+    return f"{planned.bits:.4g} bits, {planned.bits_per_weight:.3f} with scales"

@@ -1,0 +1,196 @@
+"""What a person reads of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bitnest.cli.render import size, wide_console
+from bitnest.quantize.allocation.explain import explain as explanations
+from bitnest.quantize.allocation.frontier import Frontier
+from bitnest.quantize.allocation.planner import Planned
+from bitnest.quantize.preflight import Preflight
+
+EXPLAINED = 20  # items in full, when a pattern names many
+
+
+def row(planned: Planned) -> dict[str, Any]:
+    """One plan as plain values."""
+    return {
+        "policy": planned.plan.policy, "bits": planned.bits,
+        "bits_per_weight": planned.bits_per_weight, "sizes": vars(planned.sizes),
+        "artifact_bytes": planned.sizes.artifact, "kl": planned.mean, "low": planned.low,
+        "high": planned.high, "kl_by_text": planned.kl, "gap": planned.gap,
+    }  # fmt: skip
+
+
+def as_json(
+    planned: Planned, before: Preflight, cost: dict[str, Any] | None, explained: Sequence[str]
+) -> dict[str, Any]:
+    """The plan with everything said about it."""
+    rules = [{rule.pattern: rule.format} for rule in planned.plan.rules]
+    found = {
+        **row(planned), "target": planned.plan.target, "asked": planned.plan.asked,
+        "rules": rules, "preflight": before.to_json(), "constraint": cost,
+    }  # fmt: skip
+    if explained:
+        found["explain"] = [e.to_json() for p in explained for e in explanations(planned, p)]
+    return found
+
+
+def summary(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> None:
+    """Widths by kind, bytes, prediction, and what it takes; on stderr, the plan itself is on
+    stdout."""
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(_by_kind(planned))
+    for line in lines(planned, before, cost):
+        console.print(line)
+
+
+def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> list[str]:
+    """The summary in words."""
+    sizes = planned.sizes
+    found = [
+        f"{planned.bits:.4g} bits, {planned.bits_per_weight:.3f} bits per weight with scales; "
+        f"artifact {sizes.artifact:,} bytes ({size(sizes.artifact)}): packed {sizes.packed:,}, "
+        f"dense {sizes.dense:,}, headers and manifest {sizes.headers + sizes.manifest:,}, "
+        f"tokenizer and config {sizes.other:,}"
+    ]
+    if sizes.cache:
+        found.append(f"with {size(sizes.cache)} of key-value cache: {sizes.total:,} bytes")
+    text = f"predicted KL: {planned.mean:.3g} nats per token"
+    if planned.low is not None and planned.high is not None:
+        text += f", {planned.low:.3g} to {planned.high:.3g} within one standard error"
+    found.append(text + " (" + ", ".join(f"{k} {v:.3g}" for k, v in planned.kl.items()) + ")")
+    if planned.gap is not None:
+        found.append(
+            "no plan of this size is predicted to lose less"
+            if planned.gap == 0
+            else f"no plan of this size is predicted to lose more than {planned.gap:.2g} less"
+        )
+    if cost is not None:
+        found.append(
+            f"target {planned.plan.target} ({cost['rules']}) costs {cost['kl']:.3g} nats of KL at "
+            f"this size: bitnest's own runtime would reach {cost['free']:.3g}"
+        )
+    found.append(
+        f"estimates: {size(before.memory)} of memory and {_time(before.seconds)} to compress"
+        + (f", {size(before.free)} of disk free" if before.free is not None else "")
+    )
+    for speed in before.speeds:
+        if speed.fits:
+            text = f"at most {speed.decode:,.0f} tokens/s for one stream"
+        else:
+            text = (
+                f"does not fit: at most {speed.decode:,.1f} tokens/s over the link, "
+                f"{speed.batch or 0:,.0f} in batches (MoE-Lens)"
+            )
+        found.append(f"  {speed.machine}: {text}; roofline, {speed.source}")
+    return found
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _by_kind(planned: Planned) -> Any:
+    from rich.table import Table
+
+    menu = planned.menu
+    used = [f for f in range(len(menu.formats)) if (planned.choice == f).any()]
+    used.sort(key=lambda f: float(menu.widths[f]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("weights by kind")
+    for f in used:
+        table.add_column(menu.formats[f], justify="right")
+    table.add_column("bits", justify="right")
+    for k, kind in enumerate(menu.kinds):
+        own = menu.kind == k
+        total = menu.numel[own].sum()
+        if not total:
+            continue
+        shares = [menu.numel[own & (planned.choice == f)].sum() / total for f in used]
+        bits = menu.bits[own, planned.choice[own]].sum() / total
+        cells = [f"{share:.1%}" if share else "-" for share in shares]
+        table.add_row(kind, *cells, f"{bits:.2f}")
+    return table
+
+
+def explain(planned: Planned, patterns: Sequence[str]) -> None:
+    """Every choice of the sites that match, and why the chosen one won."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = [item for pattern in patterns for item in explanations(planned, pattern)]
+    console = Console(soft_wrap=True)
+    if not found:
+        console.print("no planned site matches", highlight=False)
+    for item in found[:EXPLAINED]:
+        together = f" and {len(item.sites) - 1} with it" if len(item.sites) > 1 else ""
+        console.print(
+            f"{item.sites[0]}{together}: {item.kind}, read by {item.share:.1%} of tokens; "
+            f"by the rule {item.rule}",
+            highlight=False, markup=False,
+        )  # fmt: skip
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("format", "bits", "bytes", "loss (KL)", "loss + price", ""):
+            table.add_column(column, justify="left" if column in {"format", ""} else "right")
+        for line in item.lines:
+            table.add_row(
+                line.format, f"{line.bits:.3g}", f"{line.nbytes:,}", f"{line.loss:.3g}",
+                f"+{line.value:.3g}" if line.value > 0 else "least", line.mark,
+            )  # fmt: skip
+        console.print(table, markup=False)
+        console.print(f"price: {item.price:.3g} nats per {item.unit}\n", highlight=False)
+    if len(found) > EXPLAINED:
+        console.print(f"and {len(found) - EXPLAINED} more; --json gives all", highlight=False)
+
+
+def policies(rows: Sequence[Planned]) -> None:
+    """Policies at one budget, least predicted KL first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("policy", "bits", "bytes", "KL", *rows[0].kl):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for planned in sorted(rows, key=lambda p: p.mean):
+        table.add_row(
+            planned.plan.policy, f"{planned.bits:.4g}", f"{planned.sizes.artifact:,}",
+            f"{planned.mean:.3g}", *(f"{v:.3g}" for v in planned.kl.values()),
+        )  # fmt: skip
+    console = wide_console(table)
+    console.print(table)
+    console.print("KL: predicted, nats per token", highlight=False)
+
+
+def frontier(found: Frontier) -> None:
+    """Sizes and predicted KL."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    labels = list(next(iter(found.points.values()))[0].kl)
+    for column in ("policy", "bytes", "size", "bits", "with scales", "KL", "one s.e.", *labels):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for policy, points in found.points.items():
+        for p in points:
+            bar = "-" if p.low is None or p.high is None else f"{p.low:.2g} .. {p.high:.2g}"
+            table.add_row(
+                policy, f"{p.sizes.total:,}", size(p.sizes.total), f"{p.bits:.3f}",
+                f"{p.bits_per_weight:.3f}", f"{p.mean:.3g}", bar,
+                *(f"{v:.3g}" for v in p.kl.values()),
+            )  # fmt: skip
+    console = wide_console(table)
+    console.print(table)
+    console.print("KL: predicted mean, nats per token", highlight=False)
+
+
+def mean_width(planned: Planned, rows: np.ndarray) -> float:
+    """Average code width of some items."""
+    weights = planned.menu.numel[rows].sum()
+    return float(planned.menu.bits[rows, planned.choice[rows]].sum() / weights)

@@ -1,0 +1,179 @@
+"""The plan: which format every site gets, as a file that a person can read and edit.
+
+    plan: 1                         version
+    model: books-moe                its name, and the sha256 of its weights
+    source: 3f...
+    target: native
+    policy: bitnest
+    asked: {bits: 3.0}
+    expected: {...}                 bytes, bits and KL of the rules as they were solved
+    digest: 8c...                   of the rules as they were solved: tells an edited plan
+    rules:
+    - model.layers.*.self_attn.{q_proj,k_proj}: int5-g128
+    - model.layers.2.mlp.experts.{0,4-7}.down_proj: int2-g128
+
+Rules are read in order, the last that matches a site decides; sites that none matches stay dense.
+Patterns are those of `patterns`. A plan written and read again is the same plan, site by site.
+
+Errors name the line. Left out: what a plan costs and loses (`quantize/allocation`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bitnest.errors import FormatError, PlanError, RecipeError
+from bitnest.formats import parse_format
+from bitnest.patterns import Names, fold, matcher
+from bitnest.recipe import Rule
+from bitnest.sites import Site
+from bitnest.workdir import write_text
+from bitnest.yaml_lines import broken, items, pair, plain, top_level
+
+VERSION = 1
+HINT = "a rule reads - PATTERN: FORMAT"
+KEYS: dict[str, type] = {
+    "plan": int, "model": str, "source": str, "target": str, "policy": str,
+    "asked": dict, "expected": dict, "digest": str, "rules": list,
+}  # fmt: skip
+HEAD = """\
+# A bitnest plan: the number format of every weight. Rules are read in order and the last one that
+# matches decides; {0,3-5} is any of these numbers; sites without a rule stay dense.
+# Edit it, then: bitnest plan MODEL --check FILE, bitnest compress MODEL --plan FILE
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See above. rules: in order. expected: figures of the rules that `digest` is of."""
+
+    rules: tuple[Rule, ...]
+    model: str = ""
+    source: str = ""
+    target: str = "native"
+    policy: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
+    expected: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @classmethod
+    def of(cls, formats: Mapping[str, str], **rest: Any) -> Plan:
+        """A plan of site names and format names, folded."""
+        rules = tuple(Rule(pattern, fmt) for pattern, fmt in fold(formats))
+        return cls(rules, digest=digest_of(rules), **rest)
+
+    @property
+    def edited(self) -> bool:
+        """Whether the rules are others than those that were solved."""
+        return bool(self.digest) and self.digest != digest_of(self.rules)
+
+    def formats(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Format name of every site.
+
+        Raises:
+            RecipeError: a rule that matches no site.
+        """
+        names = Names(sites)
+        chosen = {site.name: "dense" for site in sites}
+        for rule in self.rules:
+            hits = names.matching(rule.pattern)
+            if not hits:
+                raise RecipeError(
+                    f"rule '{rule.pattern}: {rule.format}' of the plan matches no site",
+                    hint="is the plan of another model? bitnest inspect MODEL --sites lists names",
+                )
+            chosen.update(dict.fromkeys(hits, rule.format))
+        return chosen
+
+    def summary(self) -> dict[str, Any]:
+        """What an artifact keeps of it; the rules are in its recipe."""
+        return {
+            "target": self.target, "policy": self.policy, "asked": self.asked,
+            "expected": self.expected, "edited": self.edited,
+        }  # fmt: skip
+
+    def to_text(self) -> str:
+        """The file."""
+        head = {
+            "plan": VERSION, "model": self.model, "source": self.source, "target": self.target,
+            "policy": self.policy, "asked": self.asked, "expected": self.expected,
+            "digest": self.digest,
+        }  # fmt: skip
+        parts = [
+            yaml.safe_dump(head, sort_keys=False, default_flow_style=None, width=100),
+            yaml.safe_dump({"rules": [{r.pattern: r.format} for r in self.rules]},
+                           sort_keys=False, default_flow_style=False, width=10_000),
+        ]  # fmt: skip
+        return HEAD + "".join(parts)
+
+    def write(self, path: Path) -> None:
+        """Write the file; it appears only when whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.to_text())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """The plan in a file.
+
+        Raises:
+            PlanError: unreadable, or broken, with the line.
+        """
+        path = Path(path)
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), str(path))
+        except FileNotFoundError as error:
+            raise PlanError(
+                "no such plan",
+                where=str(path),
+                hint="bitnest plan MODEL --bits 3.5 -o FILE makes one",
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read: {error}", where=str(path)) from error
+
+    @classmethod
+    def from_text(cls, text: str, where: str = "plan") -> Plan:
+        """The plan that `to_text` wrote, or a person.
+
+        Raises:
+            PlanError: broken, with the line.
+        """
+        nodes = top_level(text, where, KEYS, "plan")
+        values: dict[str, Any] = {}
+        for key, node in nodes.items():
+            values[key] = plain(node, where) if key != "rules" else None
+            if key != "rules" and type(values[key]) is not KEYS[key]:
+                raise broken(f"'{key}' must be a {KEYS[key].__name__}", node, where)
+        if values.get("plan") != VERSION:
+            raise PlanError(
+                f"plan of version {values.get('plan')}, this bitnest reads {VERSION}",
+                where=where,
+                hint="make it again: bitnest plan MODEL --bits 3.5",
+            )
+        if "rules" not in nodes:
+            raise PlanError(
+                "a plan without rules", where=where, hint="rules: is a list of PATTERN: FORMAT"
+            )
+        rules = tuple(_rule(node, where) for node in items(nodes["rules"], where, HINT))
+        rest = {k: v for k, v in values.items() if k not in {"plan", "rules"}}
+        return cls(rules, **rest)
+
+
+def digest_of(rules: Sequence[Rule]) -> str:
+    """Of the rules in their order, 16 digits."""
+    text = "\n".join(f"{rule.pattern}={rule.format}" for rule in rules)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rule(node: yaml.Node, where: str) -> Rule:
+    pattern, fmt = pair(node, where, HINT)
+    try:
+        matcher(pattern)
+        return Rule(pattern, parse_format(fmt).name)
+    except (RecipeError, FormatError) as error:
+        raise broken(error.what, node, where, error.hint) from error

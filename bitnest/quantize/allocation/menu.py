@@ -1,0 +1,210 @@
+"""The menu: items, and for each the formats it may have with exact bytes and measured losses.
+
+An item is a group of sites that the target wants equal, mostly one site. Its bytes, code bits and
+losses are the sums of its sites'. Dense costs what the source's values take and loses nothing.
+`zero`, where it is among the formats, drops a matrix; all matrices of one expert dropped together
+lose what dropping the last one loses, since nothing of the others is left to lose: a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from bitnest.errors import RecipeError, StatisticsError
+from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.quantize.allocation.problem import Bundle
+from bitnest.sites import Site
+from bitnest.targets import Target
+
+DROP = "zero"
+
+
+@dataclass(frozen=True)
+class Menu:
+    """N items, F formats, L dataset labels.
+
+    items: sites of each. formats: names. kinds: of sites, K. kind: its number per item, (N,).
+    nbytes: (N, F) int64, metadata included. bits: (N, F) int64, code bits alone. losses: raw
+    predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,).
+    """
+
+    items: tuple[tuple[Site, ...], ...]
+    formats: tuple[str, ...]
+    kinds: tuple[str, ...]
+    kind: np.ndarray
+    nbytes: np.ndarray
+    bits: np.ndarray
+    losses: np.ndarray
+    numel: np.ndarray
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """(N, F) bool."""
+        return np.asarray(np.isfinite(self.losses).all(axis=2))
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """Code bits per weight of every format, (F,); of dense those of the source's values."""
+        total = self.numel.sum()
+        return np.asarray(self.bits.sum(axis=0) / total)
+
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """Site name -> item."""
+        return {site.name: i for i, item in enumerate(self.items) for site in item}
+
+    def plan(self, choice: np.ndarray) -> dict[str, str]:
+        """Site name -> format name of one choice per item."""
+        return {
+            site.name: self.formats[int(c)]
+            for item, c in zip(self.items, choice, strict=True)
+            for site in item
+        }
+
+    def choice(self, plan: Mapping[str, str]) -> np.ndarray:
+        """The inverse of `plan`.
+
+        Raises:
+            RecipeError: an item whose sites differ, or a format that is not on the menu.
+        """
+        chosen = np.zeros(len(self.items), dtype=np.int64)
+        for i, item in enumerate(self.items):
+            names = {plan[site.name] for site in item}
+            if len(names) > 1:
+                raise RecipeError(
+                    f"{item[0].name} and the {len(item) - 1} sites that go with it have "
+                    f"different formats: {', '.join(sorted(names))}",
+                    hint="give them one format, or plan for another target",
+                )
+            (name,) = names
+            if name not in self.formats or not self.allowed[i, self.formats.index(name)]:
+                raise RecipeError(
+                    f"{item[0].name} cannot have the format {name}",
+                    hint="formats on the menu: " + ", ".join(self.formats),
+                )
+            chosen[i] = self.formats.index(name)
+        return chosen
+
+    def average_bits(self, choice: np.ndarray) -> float:
+        """Average code width over all items' weights."""
+        return float(self.bits[np.arange(len(choice)), choice].sum() / self.numel.sum())
+
+    @cached_property
+    def experts(self) -> tuple[tuple[int, ...], ...]:
+        """Items of each expert that can be dropped whole."""
+        if DROP not in self.formats:
+            return ()
+        drop = self.formats.index(DROP)
+        found: dict[tuple[int, str, int], list[int]] = {}
+        for i, item in enumerate(self.items):
+            site = item[0]
+            if len(item) == 1 and site.expert is not None:
+                key = (site.layer, _experts_module(site), site.expert)
+                found.setdefault(key, []).append(i)
+        groups = [tuple(group) for group in found.values() if len(group) > 1]
+        return tuple(group for group in groups if self.allowed[list(group), drop].all())
+
+    def bundles(self, weighted: np.ndarray) -> tuple[Bundle, ...]:
+        """Experts that can be dropped whole. weighted: loss (N, F) in one unit."""
+        drop = self.formats.index(DROP) if self.experts else 0
+        return tuple(
+            Bundle(group, (drop,) * len(group), float(weighted[list(group), drop].max()))
+            for group in self.experts
+        )
+
+
+def _experts_module(site: Site) -> str:
+    return site.module if site.param != "weight" else site.module.rpartition(".")[0]
+
+
+def build_menu(
+    sites: Sequence[Site],
+    formats: Sequence[str],
+    losses: np.ndarray,
+    target: Target,
+    *,
+    itemsize: int = 2,
+    fixed: Mapping[str, str] | None = None,
+) -> Menu:
+    """Items of `sites` for a target.
+
+    losses: (S, F, L) of `formats`, which do not hold `dense`; it is added. itemsize: bytes of a
+    source value. fixed: site name -> the one format it may have, by the recipe's rules.
+
+    Raises:
+        StatisticsError: a fixed format without losses. RecipeError: an item left without a format.
+    """
+    names = (*formats, "dense")
+    parsed = [_sized(parse_format(name), itemsize) for name in names]
+    dense = np.zeros((len(sites), 1, losses.shape[2]))
+    raw = np.concatenate([losses, dense], axis=1)
+    nbytes, bits, cached = _sizes(sites, parsed)
+    for s, site in enumerate(sites):
+        for f, fmt in enumerate(parsed):
+            if target.allows(site, fmt):
+                raw[s, f] = np.inf
+    for name, wanted in (fixed or {}).items():
+        _fix(raw, [site.name for site in sites], names, name, wanted)
+    del cached
+    place = {site.name: i for i, site in enumerate(sites)}
+    groups = target.together(sites)
+    rows = [[place[site.name] for site in group] for group in groups]
+    kinds = tuple(dict.fromkeys(site.kind for site in sites))
+    menu = Menu(
+        items=tuple(tuple(group) for group in groups),
+        formats=names,
+        kinds=kinds,
+        kind=np.array([kinds.index(group[0].kind) for group in groups]),
+        nbytes=_summed(nbytes, rows),
+        bits=_summed(bits, rows),
+        losses=_summed(raw, rows),
+        numel=np.array([sum(site.numel for site in group) for group in groups]),
+    )
+    empty = np.nonzero(~menu.allowed.any(axis=1))[0]
+    if len(empty):
+        raise RecipeError(
+            f"no candidate format is left for {menu.items[int(empty[0])][0].name}",
+            hint=f"candidates: {', '.join(names)}; target: {target.name}",
+        )
+    return menu
+
+
+def _sizes(
+    sites: Sequence[Site], formats: Sequence[AnyFormat]
+) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, int], tuple[list[int], list[int]]]]:
+    """Bytes and code bits, (S, F) each; equal shapes are computed once."""
+    known: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for site in sites:
+        if site.shape not in known:
+            known[site.shape] = (
+                [fmt.nbytes(site.shape) for fmt in formats],
+                [round(fmt.bits * site.numel) for fmt in formats],
+            )
+    nbytes = np.array([known[site.shape][0] for site in sites], dtype=np.int64)
+    bits = np.array([known[site.shape][1] for site in sites], dtype=np.int64)
+    return nbytes, bits, known
+
+
+def _summed(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    if all(len(group) == 1 for group in rows):
+        return values[[group[0] for group in rows]]
+    return np.stack([values[list(group)].sum(axis=0) for group in rows])
+
+
+def _fix(raw: np.ndarray, sites: list[str], names: Sequence[str], site: str, wanted: str) -> None:
+    if wanted not in names:
+        raise StatisticsError(
+            f"format '{wanted}', which a rule asks for, was not measured",
+            where=site,
+            hint=f"bitnest analyze --reuse DIR --format {wanted}; measured: {', '.join(names)}",
+        )
+    others = [f for f, name in enumerate(names) if name != wanted]
+    raw[sites.index(site), others] = np.inf
+
+
+def _sized(fmt: AnyFormat, itemsize: int) -> AnyFormat:
+    return replace(fmt, itemsize=itemsize) if isinstance(fmt, DenseFormat) else fmt

@@ -1,0 +1,131 @@
+"""From losses per dataset to one number to minimise, and the search for its minimum.
+
+Predicted KL on dataset d (`calibrate/predict`):
+
+    KL_d = sum_k a_k s_kd + b sqrt(S_d),   s_kd: losses of kind k's sites, S_d = sum_k s_kd
+
+What is minimised is the mean of KL_d over datasets [ours]. The square root makes it concave in the
+losses; it lies under its tangent at any point S0,
+
+    sqrt(S) <= sqrt(S0) + (S - S0) / (2 sqrt(S0))
+
+so with the weight a_k + b / (2 sqrt(S0_d)) per unit of loss the problem is linear, and its solution
+is no worse than the point the tangent was taken at. A few rounds reach a fixed point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bitnest.calibrate.predict import Fit
+from bitnest.errors import RecipeError
+from bitnest.quantize.allocation.exact import solve_exact
+from bitnest.quantize.allocation.menu import DROP, Menu
+from bitnest.quantize.allocation.problem import Problem, Solution
+from bitnest.quantize.allocation.solver import solve
+
+ROUNDS = 6
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Predicted KL of choices on a menu. weights: of the datasets, (L,), sum 1."""
+
+    menu: Menu
+    fit: Fit
+    weights: np.ndarray
+
+    def sums(self, choice: np.ndarray) -> np.ndarray:
+        """Raw losses per label and kind, (L, K); a dropped expert counts once."""
+        own = self.menu.losses[np.arange(len(choice)), choice].copy()
+        for group in self.menu.experts:
+            items = list(group)
+            if all(self.menu.formats[choice[i]] == DROP for i in items):
+                own[items[0]] = own[items].max(axis=0)
+                own[items[1:]] = 0.0
+        totals = np.zeros((len(self.menu.kinds), own.shape[1]))
+        np.add.at(totals, self.menu.kind, own)
+        return totals.T
+
+    def kl(self, choice: np.ndarray) -> np.ndarray:
+        """Predicted KL per label, (L,)."""
+        return self.fit.kl(self.sums(choice))
+
+    def mean(self, choice: np.ndarray) -> float:
+        """Weighted mean over labels."""
+        return float(self.kl(choice) @ self.weights)
+
+    def linear(self, total: np.ndarray) -> np.ndarray:
+        """Loss (N, F) in one unit, with tangents at raw sums `total` (L,)."""
+        kind = np.array(self.fit.scales)[self.menu.kind]
+        bend = np.where(total > TINY, self.fit.flips / (2 * np.sqrt(np.maximum(total, TINY))), 0.0)
+        slope = kind[:, None] + bend
+        return np.asarray((self.menu.losses * (slope * self.weights)[:, None, :]).sum(axis=2))
+
+    def problem(self, cost: np.ndarray, budget: int, total: np.ndarray) -> Problem:
+        """The linear problem with tangents at raw sums `total` (L,)."""
+        loss = self.linear(total)
+        return Problem(cost, loss, budget, self.menu.bundles(loss))
+
+    def minimise(self, cost: np.ndarray, budget: int, *, exact: bool = False) -> Solution:
+        """The plan of least predicted mean KL that is found. cost: (N, F).
+
+        Its loss, bound and price are of the last linear problem, whose optimum bounds what this
+        tangent allows; exact: solve every linear problem to a proven optimum.
+
+        Raises:
+            BudgetError: the cheapest choices are over the budget.
+        """
+        solver = solve_exact if exact else solve
+        total = np.zeros(self.menu.losses.shape[2])
+        best: Solution | None = None
+        for _ in range(ROUNDS):
+            found = solver(self.problem(cost, budget, total))
+            if best is not None and self.mean(found.choice) >= self.mean(best.choice) * (1 - 1e-9):
+                break
+            best = found
+            total = self.sums(found.choice).sum(axis=1)
+            if self.fit.flips == 0:
+                break
+        assert best is not None
+        return best
+
+    def smallest(self, cost: np.ndarray, limit: float, *, exact: bool = False) -> Solution:
+        """The cheapest plan whose predicted mean KL is at most `limit`, to a part in a thousand of
+        the cost.
+
+        Raises:
+            RecipeError: even the best choices are predicted to lose more.
+        """
+        allowed = np.where(self.menu.allowed, cost, -1)
+        low = int(np.where(self.menu.allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
+        high = int(allowed.max(axis=1).sum())
+        best = self.minimise(cost, high, exact=exact)
+        if self.mean(best.choice) > limit:
+            raise RecipeError(
+                f"no plan is predicted to lose less than {self.mean(best.choice):.3g} nats, "
+                f"{limit:g} are asked for",
+                hint="finer formats among the candidates, or a higher --max-kl",
+            )
+        while high - low > max(1, high // 1000):
+            middle = (low + high) // 2
+            found = self.minimise(cost, middle, exact=exact)
+            if self.mean(found.choice) <= limit:
+                best, high = found, min(middle, found.cost)
+            else:
+                low = middle
+        return best
+
+
+def with_weights(menu: Menu, fit: Fit, weights: np.ndarray | None = None) -> Objective:
+    """Equal weights unless told; the fit's kinds in the menu's order, those it lacks at its
+    mean."""
+    labels = menu.losses.shape[2]
+    known = dict(zip(fit.kinds, fit.scales, strict=True))
+    mean = float(np.exp(np.mean(np.log(fit.scales)))) if fit.scales else 1.0
+    ordered = replace(fit, kinds=menu.kinds, scales=tuple(known.get(k, mean) for k in menu.kinds))
+    own = np.full(labels, 1.0 / labels) if weights is None else weights / weights.sum()
+    return Objective(menu, ordered, own)

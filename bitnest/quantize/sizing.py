@@ -1,0 +1,163 @@
+"""Sizing: every byte of an artifact before it is made.
+
+Packed and dense tensors, safetensors headers, config, index and copied files are computed as the
+writer will write them. The manifest holds two values per site that are not known yet, its error
+and its tokens: they are counted at their longest, so that the artifact
+is never larger than said, and smaller by a few bytes per site at most. Formats whose size depends
+on values (`fixed_size` false) are counted at their bound.
+
+With a context length the bytes of the key-value cache are added, for one sequence in 16 bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from bitnest.artifact import (
+    COPIED,
+    SiteRecord,
+    config_text,
+    index_text,
+    manifest_text,
+    packed_file_name,
+    shards,
+)
+from bitnest.errors import UnsupportedModel
+from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
+from bitnest.safetensors_io import DTYPES, header_text
+
+LONGEST_ERROR = 1.23457e-05
+SHA = "0" * 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes. codes: packed tensors' codes and scales. dense: tensors kept as they are. headers: of
+    safetensors files. manifest: bitnest.json. other: config, index, tokenizer and further copies.
+    cache: of keys and values at the context asked for."""
+
+    packed: int
+    dense: int
+    headers: int
+    manifest: int
+    other: int
+    cache: int = 0
+
+    @property
+    def artifact(self) -> int:
+        """All files."""
+        return self.packed + self.dense + self.headers + self.manifest + self.other
+
+    @property
+    def total(self) -> int:
+        """All files and the cache."""
+        return self.artifact + self.cache
+
+
+def artifact_sizes(job: Job, formats: Mapping[str, AnyFormat], context: int = 0) -> Sizes:
+    """Sizes of the artifact that `job` would become with other formats.
+
+    Raises:
+        UnsupportedModel: a context is given and the family's cache is not known.
+    """
+    job = replace(job, formats=dict(formats))
+    packed, headers, files, records = _packed(job)
+    entries = dense_entries(job)
+    index: dict[str, str] = {}
+    groups = list(shards(entries))
+    for number, shard in enumerate(groups):
+        name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        size, data = _file_size([(e.name, e.dtype, e.shape) for e in shard])
+        headers += size - data
+        files[name] = {"bytes": size, "sha256": SHA}
+        index.update({e.name: name for e in shard})
+    dense = sum(e.nbytes for e in entries)
+    texts = {
+        "config.json": len(config_text(artifact_config(job)).encode()),
+        "model.safetensors.index.json": len(index_text(index, dense).encode()),
+        **_copied(job),
+    }
+    files.update({name: {"bytes": size, "sha256": SHA} for name, size in texts.items()})
+    text = manifest_text(draft_manifest(job, SHA), (r.to_json() for r in records), files)
+    cache = cache_bytes(job.skeleton.model.config, context) if context else 0
+    return Sizes(packed, dense, headers, len(text.encode()), sum(texts.values()), cache)
+
+
+def _packed(job: Job) -> tuple[int, int, dict[str, Any], list[SiteRecord]]:
+    """Bytes of packed tensors and of headers, the files, and the records."""
+    kept = {s.module for s in job.sites if not isinstance(job.formats[s.name], DenseFormat)}
+    half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
+    total, headers, files, records = 0, 0, {}, []
+    units = max(site.layer for site in job.sites) + 1
+    tokens = None if job.calibration is None else job.calibration.tokens.numel()
+    for layer in range(units):
+        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        name = packed_file_name(layer, units)
+        for site in job.block_sites(layer):
+            fmt = job.formats[site.name]
+            parts = {} if site.module not in kept else fmt.parts(site.shape)
+            for part, spec in parts.items():
+                dtype = half if spec.dtype == "HALF" else DTYPES[spec.dtype]
+                tensors.append((f"{site.name}.{part}", dtype, spec.shape))
+            file = name if site.module in kept else ""
+            error = 0.0 if isinstance(fmt, DenseFormat) else LONGEST_ERROR
+            records.append(SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file))
+        if tensors:
+            size, data = _file_size(tensors)
+            total, headers = total + data, headers + size - data
+            files[name] = {"bytes": size, "sha256": SHA}
+    return total, headers, files, records
+
+
+def _file_size(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[int, int]:
+    """Bytes of a safetensors file and of its data."""
+    data = sum(dtype.itemsize * prod(shape) for _, dtype, shape in tensors)
+    return 8 + len(header_text(tensors)) + data, data
+
+
+def _copied(job: Job) -> dict[str, int]:
+    found = {}
+    for pattern in COPIED:
+        for file in job.checkpoint.path.glob(pattern):
+            if file.is_file():
+                found[file.name] = file.stat().st_size
+    return found
+
+
+def cache_bytes(config: Any, context: int, itemsize: int = 2) -> int:
+    """Keys and values of one sequence of `context` tokens, over all layers.
+
+    Layers with a sliding window keep its length. Multi-head latent attention is counted as
+    transformers keeps it: with keys and values of every head.
+
+    Raises:
+        UnsupportedModel: the config does not say how many heads of what size are kept.
+    """
+    inner = config.get_text_config()
+    heads = getattr(inner, "num_attention_heads", None)
+    layers = getattr(inner, "num_hidden_layers", None)
+    if not heads or not layers:
+        raise UnsupportedModel(
+            "the size of this family's key-value cache is not known",
+            where=type(config).__name__,
+            hint="leave out --context",
+        )
+    if getattr(inner, "kv_lora_rank", None):
+        width = heads * (inner.qk_nope_head_dim + inner.qk_rope_head_dim + inner.v_head_dim)
+    else:
+        kept = getattr(inner, "num_key_value_heads", None) or heads
+        size = getattr(inner, "head_dim", None) or inner.hidden_size // heads
+        width = 2 * kept * size
+    window = getattr(inner, "sliding_window", None)
+    kinds = getattr(inner, "layer_types", None) or ["full_attention"] * layers
+    total = 0
+    for kind in kinds:
+        sliding = kind == "sliding_attention" and window is not None
+        total += width * itemsize * (min(context, int(window or 0)) if sliding else context)
+    return int(total)

@@ -1,0 +1,355 @@
+"""From budget to artifact: exact bytes, targets that engines accept, limits met by measurement."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitnest import api
+from bitnest.artifact import Artifact
+from bitnest.calibrate.predict import Predictor
+from bitnest.checkpoint import Checkpoint
+from bitnest.errors import BitnestError, PlanError, RecipeError, StatisticsError, TargetError
+from bitnest.export.plan_targets import TARGETS, open_target
+from bitnest.export.targets import check_engine
+from bitnest.formats import parse_format
+from bitnest.plan import Plan
+from bitnest.quantize.allocation.explain import explain
+from bitnest.quantize.allocation.planner import Budget, Planner, smallest_of_width
+from bitnest.quantize.allocation.policies import POLICIES
+from bitnest.quantize.compress import prepare
+from bitnest.quantize.sizing import artifact_sizes, cache_bytes
+from bitnest.recipe import Recipe, Rule
+from bitnest.statistics import Statistics
+from tests.tiny import Builder
+
+FORMATS = ("int2-g32", "int3-g32", "int4-g32", "int5-g32", "int6-g32", "int8-g32", "int4-g16")
+SMALL: dict[str, Any] = {"samples": 8, "length": 32}
+
+
+@pytest.fixture(scope="module")
+def moe(tiny: Builder) -> Path:
+    return tiny("qwen3_moe", "even", moe_intermediate_size=64)  # divides as engines want it
+
+
+@pytest.fixture(scope="module")
+def found(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return api.analyze(
+        moe, tmp_path_factory.mktemp("s") / "statistics", data=[f"text={text}"], formats=FORMATS,
+        probes=6, probe_windows=2, fisher_windows=2, **SMALL,
+    )  # fmt: skip
+
+
+def planner(model: Path, found: Statistics, target: str = "native", **options: Any) -> Planner:
+    rules = tuple(Rule.parse(rule) for rule in options.pop("rules", ()))
+    job = prepare(Checkpoint.open(model), Recipe(format="dense", rules=rules))
+    goal = open_target(target, job.checkpoint.config)
+    return Planner(job, Predictor(found), goal, **options)
+
+
+def files(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+# sizes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("rules", [(), ("kind:attention=int8-g32-asym", "*.0.*=dense")])
+def test_every_byte_is_known_beforehand(
+    family: str, rules: tuple[str, ...], tiny: Builder, tmp_path: Path
+) -> None:
+    recipe = Recipe("int3-g32", tuple(Rule.parse(rule) for rule in rules), method="rtn")
+    job = prepare(Checkpoint.open(tiny(family)), recipe)
+    sizes = artifact_sizes(job, job.formats)
+    done = api.compress(tiny(family), tmp_path / "a", format="int3-g32", rules=rules, method="rtn")
+    real = files(done.path)
+    assert real <= sizes.artifact <= real + 4 * len(job.sites)
+    tensors = {f: f.stat().st_size for f in done.path.glob("*.safetensors")}
+    assert sizes.packed + sizes.dense + sizes.headers == sum(tensors.values())
+
+
+@pytest.mark.parametrize(
+    "family, width",
+    [("llama", 2 * 2 * 16), ("gpt2", 2 * 4 * 16), ("deepseek_v3", 4 * (16 + 16 + 16))],
+)
+def test_cache_bytes_by_hand(family: str, width: int, tiny: Builder) -> None:
+    config = prepare(Checkpoint.open(tiny(family)), Recipe()).skeleton.model.config
+    assert cache_bytes(config, 100) == 2 * width * 100 * 2  # layers, values a layer, tokens, bytes
+
+
+def test_sliding_layers_keep_their_window_only(tiny: Builder) -> None:
+    config = prepare(Checkpoint.open(tiny("gemma3")), Recipe()).skeleton.model.config
+    assert cache_bytes(config, 100) == 2 * 2 * 16 * 2 * (16 + 100)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_an_artifact_is_as_large_as_was_asked_and_not_larger(
+    share: float, moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plans = planner(moe, found)
+    least = plans.plan(Budget(bits=2.0)).sizes.artifact
+    most = plans.plan(Budget(bits=8.0)).sizes.artifact
+    size = round(least + share * (most - least))
+    done = api.compress(
+        moe, tmp_path / "a", size=size, statistics=found.path, ends=False,
+        data=[f"text={text}"], **SMALL,
+    )  # fmt: skip
+    step = 2 * 64 * 64 // 8  # of one bit on the largest matrix, and of two
+    assert size - max(size // 1000, step) - 1500 <= done.artifact_bytes <= size
+    assert done.forecast is not None and done.artifact_bytes <= done.forecast["disk"]
+
+
+def test_a_cache_takes_its_share_of_the_size(moe: Path, found: Statistics) -> None:
+    plans = planner(moe, found)
+    size = plans.plan(Budget(bits=5.0)).sizes.total
+    alone, beside = (plans.plan(Budget(size=size, context=c)) for c in (0, 64))
+    cache = cache_bytes(plans.job.skeleton.model.config, 64)
+    assert beside.sizes.cache == cache > 0
+    assert beside.sizes.total <= size and beside.sizes.artifact < alone.sizes.artifact
+
+
+# budgets
+
+
+def test_bits_are_the_average_code_width(moe: Path, found: Statistics) -> None:
+    for bits in (2.5, 3.0, 4.7):
+        planned = planner(moe, found).plan(Budget(bits=bits))
+        assert planned.bits == pytest.approx(bits, abs=0.03) and planned.bits <= bits + 1e-9
+        widths = [parse_format(f).bits for f in planned.menu.plan(planned.choice).values()]
+        assert planned.bits == pytest.approx(
+            np.average(widths, weights=[s.numel for item in planned.menu.items for s in item])
+        )
+
+
+def test_small_groups_are_no_loophole_in_a_budget_of_bits(moe: Path, found: Statistics) -> None:
+    plans = planner(moe, found)
+    assert "int4-g16" not in smallest_of_width(FORMATS, plans.predictor.sites)
+    used = {r.format for r in plans.plan(Budget(bits=4.0)).plan.rules}
+    assert "int4-g16" not in used
+
+
+def test_more_budget_never_loses_more(moe: Path, found: Statistics) -> None:
+    plans = planner(moe, found, exact=True)
+    means = [plans.plan(Budget(bits=b)).mean for b in np.linspace(2, 8, 25)]
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(means))
+
+
+def test_planning_is_pure(moe: Path, found: Statistics) -> None:
+    one, two = (planner(moe, found).plan(Budget(bits=3.3)).plan.to_text() for _ in range(2))
+    assert one == two
+
+
+def test_the_smallest_plan_that_keeps_a_predicted_kl(moe: Path, found: Statistics) -> None:
+    plans = planner(moe, found)
+    limit = plans.plan(Budget(bits=4.0)).mean
+    planned = plans.plan(Budget(kl=limit))
+    assert planned.mean <= limit
+    smaller = plans.plan(Budget(size=planned.sizes.artifact - planned.sizes.packed // 50))
+    assert smaller.mean > limit * 0.98
+
+
+def test_ours_is_predicted_to_lose_least(moe: Path, found: Statistics) -> None:
+    plans = planner(moe, found)
+    for bits in (2.25, 3.0, 4.0, 5.0):
+        by = {name: plans.plan(Budget(bits=bits), name) for name in POLICIES}
+        assert min(by, key=lambda name: by[name].mean) == "bitnest", bits
+        for name, planned in by.items():
+            spent = planned.menu.average_bits(planned.choice)
+            assert bits - 0.06 <= spent <= bits + 1e-9, (name, bits)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_fill_every_budget_on_a_dense_model(
+    name: str, tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    found = api.analyze(
+        tiny("llama"), tmp_path / "s", data=[f"text={text}"], formats=("int2-g32", "int4-g32",
+        "int6-g32"), probes=0, fisher_windows=2, **SMALL,
+    )  # fmt: skip
+    plans = planner(tiny("llama"), found)
+    for bits in (2.0, 3.1, 6.0):
+        planned = plans.plan(Budget(bits=bits), name)
+        assert planned.menu.average_bits(planned.choice) <= bits + 1e-9
+
+
+def test_rules_by_hand_are_kept_by_every_plan(moe: Path, found: Statistics) -> None:
+    rules = ("kind:attention=int8-g32", "*.1.mlp.*=dense")
+    planned = planner(moe, found, rules=rules).plan(Budget(bits=12.0))
+    formats = planned.plan.formats([s for item in planned.menu.items for s in item])
+    for item in planned.menu.items:
+        for site in item:
+            if site.kind == "attention":
+                assert formats[site.name] == "int8-g32"
+            elif site.layer == 1:
+                assert formats[site.name] == "dense"
+    with pytest.raises(StatisticsError, match="was not measured"):
+        planner(moe, found, rules=("kind:attention=mxfp4",)).plan(Budget(bits=12.0))
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(bits=1.9), Budget(size=1000), Budget(kl=1e-12)],
+    ids=["bits", "size", "kl"],
+)
+def test_budgets_that_cannot_be_met(budget: Budget, moe: Path, found: Statistics) -> None:
+    limited = planner(moe, found)
+    if budget.kl is not None:
+        limited = replace_formats(limited, ("int2-g32", "int3-g32"))
+    with pytest.raises(RecipeError) as caught:
+        limited.plan(budget)
+    assert caught.value.hint
+
+
+def replace_formats(plans: Planner, formats: tuple[str, ...]) -> Planner:
+    goal = replace(plans.target, allows=lambda _s, f: "" if f.name in formats else "no")
+    return Planner(plans.job, plans.predictor, goal, formats=formats)
+
+
+def test_statistics_of_another_model_are_refused(tiny: Builder, found: Statistics) -> None:
+    with pytest.raises(StatisticsError, match="was not measured"):
+        planner(tiny("mixtral"), found)
+
+
+# targets
+
+
+@pytest.mark.parametrize("target", ["vllm-cuda", "vllm-cpu", "transformers"])
+def test_a_plan_for_an_engine_is_one_that_its_export_accepts(
+    target: str, moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plans = planner(moe, found, target)
+    budget = Budget(bits=8.0 if target == "vllm-cpu" else 5.0)
+    planned = plans.plan(budget)
+    free = planner(moe, found).plan(budget)
+    assert planned.mean >= free.mean * (1 - 1e-9)
+    done = api.compress(moe, tmp_path / "a", plan=planned.plan, data=[f"text={text}"], **SMALL)
+    check_engine(target, Artifact.open(done.path).records, plans.job.checkpoint.config)
+    api.export(done.path, tmp_path / "e", engine=target)
+
+
+def test_llama_cpp_gets_one_type_for_a_layer_s_stacked_experts(
+    moe: Path, found: Statistics
+) -> None:
+    planned = planner(moe, found, "gguf").plan(Budget(bits=5.0))
+    formats = planned.menu.plan(planned.choice)
+    assert set(formats.values()) <= {"int4-g32", "int5-g32", "int8-g32", "dense"}
+    stacks: dict[str, set[str]] = {}
+    for name, fmt in formats.items():
+        if ".experts." in name:
+            layer, _, leaf = name.partition(".experts.")
+            stacks.setdefault(f"{layer}.{leaf.rpartition('.')[2]}", set()).add(fmt)
+    assert len(stacks) == 6 and all(len(used) == 1 for used in stacks.values())
+
+
+def test_what_a_target_s_rules_cost_is_said(moe: Path, found: Statistics) -> None:
+    planned = api.plan(moe, statistics=found.path, bits=5.0, target="vllm-cuda")
+    cost = api.constraint_cost(moe, planned, target="vllm-cuda", statistics=found.path)
+    assert cost["kl"] >= 0 and cost["free"] + cost["kl"] == pytest.approx(planned.mean, rel=0.05)
+    assert "alike" in cost["rules"]
+
+
+def test_unknown_targets() -> None:
+    with pytest.raises(TargetError) as caught:
+        open_target("abacus", {})
+    assert all(name in caught.value.hint for name in TARGETS)
+
+
+# plans as files
+
+
+def test_a_plan_file_edited_by_hand_is_measured_again_and_carried_out(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    planned = api.plan(moe, statistics=found.path, size=300_000)
+    planned.plan.write(tmp_path / "p.yaml")
+    content = (tmp_path / "p.yaml").read_text("utf-8") + "- '*.0.self_attn.*': int8-g32\n"
+    (tmp_path / "p.yaml").write_text(content, "utf-8")
+    edited = Plan.read(tmp_path / "p.yaml")
+    assert edited.edited
+    again = api.check_plan(moe, edited, statistics=found.path)
+    assert again.mean != planned.mean
+    done = api.compress(
+        moe, tmp_path / "a", plan=tmp_path / "p.yaml", data=[f"text={text}"], **SMALL
+    )
+    records = {r.site.name: r.format for r in Artifact.open(done.path).records}
+    assert records["model.layers.0.self_attn.q_proj"] == "int8-g32"
+    assert done.plan is not None and done.plan["edited"] and done.plan["asked"]["size"] == 300_000
+    wanted = edited.formats([r.site for r in Artifact.open(done.path).records])
+    assert wanted == records
+
+
+def test_a_plan_of_other_weights_is_refused_before_work(
+    tiny: Builder, moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plan = api.plan(moe, statistics=found.path, bits=4.0).plan
+    other = tiny("qwen3_moe", "other", rms_norm_eps=1e-3, initializer_range=0.5)
+    with pytest.raises((PlanError, BitnestError)):
+        api.compress(other, tmp_path / "a", plan=replace(plan, source="0" * 64),
+                     data=[f"text={text}"], **SMALL)  # fmt: skip
+    assert not (tmp_path / "a").exists()
+
+
+def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
+    planned = planner(moe, found).plan(Budget(bits=4.0))
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.3.down_proj"):
+        (item,) = explain(planned, name)
+        chosen = [line for line in item.lines if line.mark == "chosen"]
+        assert [line.format for line in chosen] == [planned.menu.plan(planned.choice)[name]]
+        assert item.price > 0
+        best = min(item.lines, key=lambda line: line.value)
+        assert best.value == 0
+        # but for the step the budget cuts, the choice is the best at the price
+        assert chosen[0].value <= 2 * item.price * max(line.nbytes for line in item.lines) * 8
+    assert len(explain(planned, "kind:attention")) == 8 and explain(planned, "nothing") == []
+
+
+# the closed loop
+
+
+@pytest.mark.parametrize("limit", [{"max_kl": 0.02}, {"min_agreement": 0.9}])
+def test_a_limit_is_met_by_measurement_with_little_to_spare(
+    limit: dict[str, float], moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    done = api.compress(
+        moe, tmp_path / "a", statistics=found.path, data=[f"text={text}"], **SMALL, **limit
+    )
+    assert done.measured is not None and 1 <= done.rounds <= 6
+    report = api.evaluate([done.path], against=moe, data=[f"text={text}"], window=128)
+    divergence = report.rows[1].scores[0].kl
+    assert divergence is not None
+    if "max_kl" in limit:
+        assert 0.5 * limit["max_kl"] <= divergence.mean <= limit["max_kl"]
+    else:
+        assert divergence.same_top >= limit["min_agreement"]
+    assert not list(tmp_path.glob(".*")), "nothing of the tries is left"
+    kept = Artifact.open(done.path)
+    kept.verify()
+    assert json.loads((done.path / "bitnest.json").read_text())["plan"]["policy"] == "bitnest"
+
+
+def test_a_limit_that_no_plan_keeps_leaves_nothing(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="no plan"):
+        api.compress(
+            moe, tmp_path / "a", statistics=found.path, data=[f"text={text}"], max_kl=1e-9,
+            candidates=("int2-g32",), rules=("kind:attention=int2-g32", "kind:expert=int2-g32"),
+            **SMALL,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_frontier_falls(moe: Path, found: Statistics) -> None:
+    curve = api.frontier(moe, points=6, statistics=found.path)
+    points = curve.points["bitnest"]
+    assert len(points) >= 4
+    for a, b in pairwise(points):
+        assert a.sizes.total < b.sizes.total and a.mean >= b.mean
+    assert json.loads(json.dumps(curve.to_json()))["points"][0]["policy"] == "bitnest"
