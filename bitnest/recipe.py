@@ -3,7 +3,8 @@
 Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites
 no rule matches get the default format. A pattern is a shell glob over the site's whole name
 (`*.mlp.experts.*.down_proj`) or, after `re:`, a regular expression that must match somewhere in
-it; a site's kind can be named as `kind:attention`. Routers stay dense unless a rule names them.
+it; a site's kind can be named as `kind:attention`. Routers, embedding and head stay dense unless a
+rule names them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
-from bitnest.sites import KINDS, Site
+from bitnest.sites import KINDS, UNNAMED_DENSE, Site
 
 METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
@@ -121,7 +122,7 @@ class Recipe:
         """
         chosen: dict[str, AnyFormat] = {}
         for site in sites:
-            name = "dense" if site.kind == "router" else self.format
+            name = "dense" if site.kind in UNNAMED_DENSE else self.format
             chosen[site.name] = _sized(parse_format(name), itemsize)
         for rule in self.rules:
             matches, fmt = rule.matcher(), _sized(parse_format(rule.format), itemsize)
@@ -129,8 +130,7 @@ class Recipe:
             if not hits:
                 raise RecipeError(
                     f"rule '{rule.pattern}={rule.format}' matches no site",
-                    hint="bitnest inspect MODEL --sites lists them by name; embeddings and head "
-                    "stay as they are",
+                    hint="bitnest inspect MODEL --sites lists them by name",
                 )
             chosen.update(dict.fromkeys(hits, fmt))
         return chosen
