@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from bitnest.kernels.decode import decode
 from bitnest.kernels.rows import decode_into, decode_rows, row_decodable
 from bitnest.packed import modules
 from bitnest.packed.modules import PackedHead
-from bitnest.quantize.ends import cuttable, end_tensors, joined, slice_rows
-from bitnest.quantize.memory import ENDS_WORK, FLOAT, WORKING_COPIES
+from bitnest.quantize.ends import check_ends, cuttable, end_tensors, joined, slice_rows
+from bitnest.quantize.memory import ENDS_WORK, FLOAT, WORKING_COPIES, Budget
 from bitnest.quantize.solve import Options, solve
+from bitnest.sites import Site
 from tests.tiny import FAMILIES, VOCAB, Builder, build
 
 EXACT = (
@@ -96,6 +98,21 @@ def test_huge_heads_are_solved_within_a_bound() -> None:
     for name in ("int4-g128", "int4-g32-asym-dq", "mxfp4", "nf4-g64@had"):
         rows = slice_rows(parse_format(name), (150_000, 4096), ENDS_WORK)
         assert 0 < rows * 4096 * FLOAT * WORKING_COPIES <= ENDS_WORK and rows % 64 == 0
+
+
+def test_memory_refuses_only_what_cannot_be_cut_small_enough() -> None:
+    head = Site("lm_head", "head", 2, None, (150_000, 4096), "lm_head", "weight")
+    square = WORKING_COPIES * FLOAT * 4096**2
+    for spare, name, refused in (
+        (square + ENDS_WORK, "int4-g128", False),
+        (square, "int4-g128", True),
+        (square + ENDS_WORK, "nvfp4", True),
+        (None, "nvfp4", False),
+        (0, "zero", False),
+    ):
+        budget = Budget(None, 1, None, ENDS_WORK if spare != square else 0, spare)
+        with pytest.raises(RecipeError) if refused else nullcontext():
+            check_ends([head], {"lm_head": parse_format(name)}, budget)
 
 
 def dense_twin(artifact: Path, source: Path, dtype: Any = "auto") -> Any:

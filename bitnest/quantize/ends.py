@@ -167,10 +167,10 @@ def check_ends(sites: list[Site], formats: dict[str, AnyFormat], budget: Budget)
             continue
         rows = slice_rows(fmt, site.shape, budget.ends)
         need = WORKING_COPIES * FLOAT * site.shape[1] * (rows + site.shape[1])
-        if budget.limited and need > budget.ends:
+        if budget.spare is not None and need > budget.spare:
             raise RecipeError(
                 f"solving {site.shape[0]} x {site.shape[1]} in {fmt.name} takes {need:,} bytes, "
-                f"--memory leaves {budget.ends:,}",
+                f"--memory leaves {budget.spare:,}",
                 where=site.name,
                 hint="more --memory, or keep it dense"
                 + ("" if cuttable(fmt) else "; integers with 16-bit scales are solved in slices"),

@@ -28,15 +28,15 @@ class Budget:
 
     hidden: bytes of hidden states in memory, None for all. work: bytes for one chunk of experts.
     hessians: bytes for Hessians that are kept beside hidden states and the work on the largest
-    matrix, None for all. ends: bytes for one slice of the embedding or head, beside the matrix as
-    it is stored. limited: whether these are bounds that somebody asked for.
+    matrix, None for all. ends: bytes for one slice of the embedding or head. spare: bytes
+    for that and its Hessian, beside the matrix as it is stored, None for all.
     """
 
     hidden: int | None
     work: int
     hessians: int | None = None
     ends: int = ENDS_WORK
-    limited: bool = False
+    spare: int | None = None
 
     @classmethod
     def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
@@ -60,14 +60,16 @@ class Budget:
                 f"matrix need {_size(fixed + matrix)}",
                 hint=f"--memory {enough:.1f}GiB or more",
             )
-        ends = max((site.numel for site in sites if site.kind in ENDS), default=0)
-        spare = memory - resident_bytes() - 2 * ends * skeleton.checkpoint.dtype.itemsize
+        ends = [site for site in sites if site.kind in ENDS]
+        held = max((site.numel for site in ends), default=0) * skeleton.checkpoint.dtype.itemsize
+        spare = max(memory - resident_bytes() - 2 * held - rest // 8, 0)
+        square = WORKING_COPIES * FLOAT * max((site.shape[1] ** 2 for site in ends), default=0)
         return cls(
             rest // 8,
             min(WORK, rest // 2),
             rest - rest // 4 - matrix,
-            min(ENDS_WORK, max(spare - rest // 8, 0)),
-            limited=True,
+            min(ENDS_WORK, max(spare - square, 0)),
+            spare,
         )
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
