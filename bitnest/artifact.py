@@ -3,7 +3,8 @@
     config.json            the source's, with quantization_config: {quant_method: bitnest, ...}
     tokenizer files, generation config, licence: copied
     model-*.safetensors    what stays dense, under its checkpoint names, with the usual index
-    packed-*.safetensors   one file per decoder block: <site>.codes, .scales, .zeros
+    packed-*.safetensors   one file per decoder block: <site>.codes, .scales, .zeros; one more for
+                           embedding and head if they are packed
     bitnest.json           the manifest: source, recipe, every site and its format, checksums
 
 It is written into `.<name>.partial/artifact` beside its final place, block by block; each file
@@ -54,7 +55,7 @@ class SiteRecord:
 
     nbytes: bytes of its tensors. error: relative output error on the calibration text (relative
     weight error for rtn). tokens: calibration tokens it saw, None without calibration. file: the
-    packed file that holds it; empty when it stays among the dense tensors.
+    packed file that holds it; empty when it stays among the dense tensors, or is zero and has none.
     """
 
     site: Site
@@ -84,7 +85,7 @@ class SiteRecord:
 class Artifact:
     """A finished artifact, opened for reading.
 
-    path: the directory. manifest: bitnest.json. records: every site of the decoder blocks.
+    path: the directory. manifest: bitnest.json. records: every site.
     """
 
     path: Path
@@ -123,13 +124,13 @@ class Artifact:
         return cls(path, manifest, records)
 
     def packed(self) -> list[SiteRecord]:
-        """Sites stored in the packed files."""
-        return [record for record in self.records if record.file]
+        """Sites that are not among the dense tensors."""
+        return [record for record in self.records if record.file or record.format == "zero"]
 
     def headers(self) -> dict[str, TensorInfo]:
         """Name -> place of every packed tensor."""
         found: dict[str, TensorInfo] = {}
-        for name in sorted({record.file for record in self.packed()}):
+        for name in sorted({record.file for record in self.packed() if record.file}):
             found.update(read_header(self.path / name))
         return found
 
@@ -155,7 +156,7 @@ def is_artifact(path: Path) -> bool:
 
 def site_tensors(record: SiteRecord, headers: dict[str, TensorInfo]) -> dict[str, Any]:
     """The stored tensors of one site, by part name (see `formats`)."""
-    parts = parse_format(record.format).parts(record.site.shape)
+    parts = parse_format(record.format).parts(record.site.shape)  # none of `zero`
     return {part: read_tensor(headers[f"{record.site.name}.{part}"]) for part in parts}
 
 
@@ -228,11 +229,21 @@ def unfold(groups: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 class Writer(Workdir):
-    """Writes an artifact so that a kill at any moment loses at most one block."""
+    """Writes an artifact so that a kill at any moment loses at most one block.
+
+    The ends are one block more, after the others. files: that are numbered, packed or not; the ends
+    count only if they are packed.
+    """
+
+    def __init__(
+        self, out: Path, fingerprint: dict[str, Any], blocks: int, files: int | None = None
+    ) -> None:
+        super().__init__(out, fingerprint, blocks)
+        self.files = blocks if files is None else files
 
     def packed_name(self, block: int) -> str:
         """File name of one block's packed weights."""
-        return packed_file_name(block, self.blocks)
+        return packed_file_name(block, self.files)
 
     def write_block(
         self, block: int, records: Sequence[SiteRecord], entries: Sequence[Entry]

@@ -2,8 +2,8 @@
 
 Rules are ordered; for each site the last rule whose pattern matches decides its format, and sites
 no rule matches get the default format. Patterns are those of `patterns`: globs over the site's
-whole name (`*.mlp.experts.{0,4-7}.down_proj`), `re:...` or `kind:attention`. Routers stay dense
-unless a rule names them.
+whole name (`*.mlp.experts.{0,4-7}.down_proj`), `re:...` or `kind:attention`. Routers, embedding and
+head stay dense unless a rule names them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
 from bitnest.patterns import Names
-from bitnest.sites import Site
+from bitnest.sites import UNNAMED_DENSE, Site
 
 METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
@@ -98,7 +98,7 @@ class Recipe:
         """
         chosen: dict[str, AnyFormat] = {}
         for site in sites:
-            name = "dense" if site.kind == "router" else self.format
+            name = "dense" if site.kind in UNNAMED_DENSE else self.format
             chosen[site.name] = sized(parse_format(name), itemsize)
         names = Names(sites)
         for rule in self.rules:
@@ -107,8 +107,7 @@ class Recipe:
             if not hits:
                 raise RecipeError(
                     f"rule '{rule.pattern}={rule.format}' matches no site",
-                    hint="bitnest inspect MODEL --sites lists them by name; embeddings and head "
-                    "stay as they are",
+                    hint="bitnest inspect MODEL --sites lists them by name",
                 )
             chosen.update(dict.fromkeys(hits, fmt))
         return chosen

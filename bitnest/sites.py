@@ -1,4 +1,4 @@
-"""Sites: the address of every 2-D weight inside the decoder blocks, read off the model's structure.
+"""Sites: the address of every 2-D weight that can be packed, read off the model's structure.
 
 A site is one matrix (out, in) that can get a format of its own: a linear layer's weight, or one
 expert's projection. Fused 3-D expert parameters are seen as their per-expert matrices; where the
@@ -10,6 +10,10 @@ What decides the kind is structure and place, not the family: modules with trans
 interface or ModuleLists of equal experts hold experts, matrices beside them with one row per expert
 are routers, matrices under a `shared_expert` are shared experts, then attention and mlp by path.
 Routers and everything that is not a matrix stay as they are.
+
+The ends of the model are sites too: the token embedding and the output head, (vocabulary, hidden)
+both. They live after the last block. A head tied to the embedding is one site with it, of kind
+`embedding`, which serves both uses. They stay dense unless a rule names them.
 """
 
 from __future__ import annotations
@@ -21,16 +25,20 @@ import torch
 from torch import nn
 
 from bitnest.errors import UnsupportedModel
+from bitnest.kinds import ENDS, KINDS, UNNAMED_DENSE
 from bitnest.skeleton import Skeleton, Source
 
-KINDS = ("attention", "mlp", "expert", "shared_expert", "router", "embedding", "head", "other")
+__all__ = [
+    "ENDS", "KINDS", "UNNAMED_DENSE", "Site", "find_sites", "is_experts", "is_linear", "is_tied",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Site:
     """One matrix of a model and where it lives.
 
-    name: dotted name in the checkpoint, without `.weight`. kind: one of KINDS. layer: block number.
+    name: dotted name in the checkpoint, without `.weight`. kind: one of KINDS. layer: block number;
+    the number of blocks for the ends.
     expert: number within its layer, or None. shape: (out, in) as the matrix is applied, y = W x.
     module, param: where the model keeps it. rows: range of output rows within that parameter, or
     None for all. transposed: the parameter is stored (in, out).
@@ -65,7 +73,7 @@ class Site:
 
 
 def find_sites(skeleton: Skeleton) -> list[Site]:
-    """Every site of the decoder blocks, in block order.
+    """Every site: those of the decoder blocks in block order, then the ends.
 
     Raises:
         UnsupportedModel: a block keeps experts in a way that cannot be addressed, or has no
@@ -87,7 +95,7 @@ def find_sites(skeleton: Skeleton) -> list[Site]:
         _refuse_unknown_experts(block, prefix, covered)
     if not sites:
         raise UnsupportedModel(f"no matrices found under {skeleton.prefix}")
-    return sites
+    return [*sites, *_end_sites(skeleton)]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -98,6 +106,45 @@ def is_experts(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a plain matrix product: nn.Linear or GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _end_sites(skeleton: Skeleton) -> list[Site]:
+    """Embedding and head where they are plain: a lookup and a product, as wide as the model."""
+    model = skeleton.model
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    found = []
+    if isinstance(table, nn.Embedding) and table.max_norm is None:
+        found.append(_end_site(skeleton, "embedding", table, width))
+    if isinstance(head, nn.Linear) and not is_tied(skeleton):
+        found.append(_end_site(skeleton, "head", head, width))
+    elif not isinstance(head, nn.Linear) and is_tied(skeleton):
+        return []  # one matrix, and a use of it that cannot be packed
+    return [site for site in found if site is not None]
+
+
+def is_tied(skeleton: Skeleton) -> bool:
+    """Whether the head reads the embedding's matrix."""
+    head = skeleton.model.get_output_embeddings()
+    name = skeleton.path_of(head)
+    return name is not None and f"{name}.weight" in skeleton.tied()
+
+
+def _end_site(skeleton: Skeleton, kind: str, module: nn.Module, width: int | None) -> Site | None:
+    """The site of an end; None if its matrix is of another width or not one plain tensor on disk.
+
+    A matrix that config.json ties but the checkpoint holds twice is left alone: whether the two
+    are one is only known by reading them.
+    """
+    name, weight = skeleton.path_of(module), module.weight
+    source = skeleton.sources.get(f"{name}.weight")
+    assert isinstance(weight, torch.Tensor)
+    if name is None or source is None or source.converter is not None or weight.shape[1] != width:
+        return None
+    if kind == "embedding" and any(other in skeleton.sources for other in skeleton.tied()):
+        return None
+    key, shape = source.names[0].removesuffix(".weight"), (weight.shape[0], weight.shape[1])
+    return Site(key, kind, len(skeleton.blocks), None, shape, name, "weight")
 
 
 def _linear_site(skeleton: Skeleton, name: str, module: nn.Module, layer: int) -> list[Site]:

@@ -14,7 +14,7 @@ Left out: encoder-decoder models, and remote code unless the user allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,14 +105,21 @@ class Skeleton:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def fill(
-        self, prefix: str, *, dtype: torch.dtype, device: torch.device, skip: str | None = None
+        self,
+        prefix: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        skip: str | None = None,
+        leave: Collection[str] = (),
     ) -> None:
         """Give every parameter and stored buffer under `prefix` its values.
 
-        prefix: dotted module path, `""` for the whole model. skip: leave out this subtree.
+        prefix: dotted module path, `""` for the whole model. skip: leave out this subtree. leave:
+        and these parameters.
         """
         for name in self._names(prefix, skip):
-            if name in self.sources:
+            if name in self.sources and name not in leave:
                 _assign(self.model, name, self.read(name, dtype).to(device))
 
     def drop(self, prefix: str) -> None:
@@ -129,6 +136,10 @@ class Skeleton:
         for name in self.model.state_dict():
             if name.startswith(start) and not (skip and name.startswith(f"{skip}.")):
                 yield name
+
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """Dotted name of a module of the model, None if it has none."""
+        return next((name for name, own in self.model.named_modules() if own is module), None)
 
     def tied(self) -> set[str]:
         """Names of parameters that share another parameter's values (a tied head)."""

@@ -81,6 +81,10 @@ class Workdir:
             )
         return previous
 
+    def done(self, block: int) -> bool:
+        """Whether a block is finished, whatever those before it are."""
+        return self._intact(block)
+
     def _intact(self, block: int) -> bool:
         """Whether a block was finished and its files are still what was written."""
         if not self._record_file(block).exists():

@@ -167,9 +167,13 @@ def same_run(found: Statistics, whole: Statistics) -> None:
     [
         pytest.param(engine, "measure_fisher", 0, False, 0, id="before gradients"),
         pytest.param(engine, "block_tensors", 0, True, 0, id="gradients only"),
-        pytest.param(os, "replace", 3, True, 0, id="first block half written"),
-        pytest.param(os, "replace", 4, True, 0, id="first block without its record"),
-        pytest.param(StatisticsWriter, "write_block", 1, True, 1, id="one block"),
+        pytest.param(os, "replace", 2, True, 0, id="ends half written"),
+        pytest.param(os, "replace", 3, True, 0, id="ends without their record"),
+        pytest.param(os, "replace", 4, True, 0, id="ends without what probes need"),
+        pytest.param(os, "replace", 6, True, 0, id="first block half written"),
+        pytest.param(os, "replace", 7, True, 0, id="first block without its record"),
+        pytest.param(StatisticsWriter, "write_block", 1, True, 0, id="the ends"),
+        pytest.param(StatisticsWriter, "write_block", 2, True, 1, id="one block"),
         pytest.param(engine, "block_tensors", 2, True, 2, id="two blocks"),
         pytest.param(Probes, "measure", 0, True, 3, id="all blocks"),
         pytest.param(StatisticsWriter, "publish", 0, True, 3, id="before the renaming"),
@@ -222,9 +226,9 @@ def test_the_same_command_on_finished_statistics_measures_nothing(
 
 @pytest.fixture(scope="module")
 def begun(kit: Kit) -> Path:
-    """What a run killed after its first block left."""
+    """What a run killed after the ends and its first block left."""
     out = kit.root / "partial"
-    killed(lambda: kit.run(out), StatisticsWriter, "write_block", 1)
+    killed(lambda: kit.run(out), StatisticsWriter, "write_block", 2)
     return partial_directory(out)
 
 
@@ -433,12 +437,12 @@ def test_inspect_shows_what_was_measured(command: Command, kit: Kit) -> None:
     assert [s["fitted"] for s in found.header["samples"]] == [True, True, True, False] * 2
     code, out, err = command("inspect", found.path, "--verify")
     assert (code, err) == (0, "")
-    shown = ["MixtralForCausalLM", "checksums: 2 files match", "books: 4 windows, 128 tokens",
+    shown = ["MixtralForCausalLM", "checksums: 3 files match", "books: 4 windows, 128 tokens",
              "kl; Hessians: full; probes: 2", "int2-g32, int4-g32", "16 x expert"]  # fmt: skip
     assert [part for part in shown if part not in out] == []
     content = json.loads(command("inspect", found.path, "--json")[1], parse_constant=pytest.fail)
     assert content["kind"] == "statistics" and content["probes"] == 2
-    assert len(content["sites"]) == len(found.sites) == 32
+    assert len(content["sites"]) == len(found.sites) == 34
 
 
 @pytest.mark.parametrize("options", [{}, {"hessian": "diagonal"}, {"importance": "loss"}], ids=str)
@@ -470,7 +474,7 @@ def test_a_compression_keeps_what_statistics_predicted_of_it(kit: Kit, tmp_path:
     predictor = Predictor(found)
     expected = predictor.predict({
         site.name: "int2-g32" if site.kind == "expert" else "int4-g32"
-        for site in predictor.sites if not site.name.endswith("o_proj")
+        for site in predictor.sites if not site.name.endswith("o_proj") and site.layer < 2
     })  # fmt: skip
     predicted = Artifact.open(tmp_path / "a").manifest["predicted"]
     assert predicted == result.predicted == api.inspect(tmp_path / "a")["predicted"]

@@ -337,7 +337,7 @@ def test_coverage_is_what_fitting_leaned_by(
         (s["layer"], s["expert"], part): (s["fitted"], s["minimum"][part], s["lean"][part])
         for s in coverage["starved"] for part in ("up", "down")
     }  # fmt: skip
-    layers = [n for n in range(len(found.layers)) for _ in range(len(applied) // len(found.layers))]
+    layers = [n for n in range(found.blocks) for _ in range(len(applied) // found.blocks)]
     did = {
         (layer, expert, part): (count, minimum, lean(count, minimum))
         for layer, (expert, part, count, minimum) in zip(layers, applied, strict=True)

@@ -365,7 +365,7 @@ def test_importance_by_probes_adds_up_to_the_measured_groups(
     found = measured["probes"]
     losses, groups = site_losses(found), [p for p in found.header["probes"] if p["group"]]
     kinds = {(site.layer, site.kind) for site in found.sites}
-    assert len(groups) == len(kinds) == 4
+    assert len(groups) == len(kinds) == 4 + 2  # embedding and head have a group each
     for item in groups:
         own = [(i, f) for i, f in enumerate(item["plan"]) if f is not None]
         assert {FORMATS[f] for _, f in own} == {"int4-g32"}  # the second coarsest

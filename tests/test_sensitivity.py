@@ -24,7 +24,8 @@ from bitnest.calibrate.tail import open_tail
 from bitnest.checkpoint import Checkpoint
 from bitnest.formats import parse_format
 from bitnest.quantize.solve import Options, solve
-from bitnest.sites import Site, find_sites
+from bitnest.sites import ENDS, Site
+from bitnest.sites import find_sites as every_site
 from bitnest.skeleton import Skeleton
 from tests import brute
 from tests.brute import LABELS, LENGTH, NAMES, close, kl, numpy
@@ -44,6 +45,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def skeleton(path: Path) -> Skeleton:
     return Skeleton.build(Checkpoint.open(path))
+
+
+def find_sites(own: Skeleton) -> list[Site]:
+    """Sites of the blocks."""
+    return [site for site in every_site(own) if site.kind not in ENDS]
 
 
 @cache

@@ -463,7 +463,7 @@ def test_length_and_seed_of_a_merger_are_those_of_all_parts_or_null(
     all_of_them = merge([lengths, other], tmp_path / "all")
     assert all_of_them.header["length"] is None and all_of_them.header["seed"] is None
     content = api.inspect(all_of_them.path, verify=True)
-    assert content["length"] is None and content["verified"] == 2
+    assert content["length"] is None and content["verified"] == 3
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -556,7 +556,7 @@ def copy(analyse: Analyse, tmp_path: Path) -> Path:
 def test_what_was_read_is_what_the_header_says(analyse: Analyse) -> None:
     found = analyse("books")
     assert [site.layer for site in found.sites] == sorted(site.layer for site in found.sites)
-    assert len(found.sites) == 8 + 24 and len(found.sites_of(1)) == 16
+    assert len(found.sites) == 8 + 24 + 2 and len(found.sites_of(1)) == 16
     assert found.has(0, "sites.error") and not found.has(0, "sites.nothing")
     with pytest.raises(KeyError):
         found.read(0, "sites.nothing")

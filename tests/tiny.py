@@ -198,6 +198,8 @@ FAMILIES: dict[str, Family] = {
     ]
 }
 
+TIED = frozenset({"qwen2", "gemma2", "gemma3", "gpt2"})  # families whose head is the embedding
+
 
 @dataclass
 class Builder:

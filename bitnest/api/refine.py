@@ -22,21 +22,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnest.api.texts import sources
 from bitnest.artifact import Artifact
-from bitnest.errors import RecipeError
+from bitnest.errors import DataError, RecipeError
 from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
     from bitnest.api.compressing import Maker
     from bitnest.api.planning import Dials
     from bitnest.api.result import CompressResult
+    from bitnest.eval.evaluate import EvalReport
     from bitnest.quantize.allocation.planner import Planned, Planner
     from bitnest.quantize.compress import Job
 
 log = logging.getLogger(__name__)
 
 ROUNDS = 6
-WINDOW = 256  # tokens, or the model's context
+WINDOW, WINDOWS = 256, 64  # tokens, or the model's context; windows per text
 SLACK = 0.1  # of the limit that may be left unused
 
 
@@ -112,87 +114,8 @@ def _make(
     statistics: str | Path,
     agreement: bool,
 ) -> Attempt:
-    from bitnest import api
-
     result = maker.planned(job, planned.plan, [], statistics, out)
-    config = job.skeleton.model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or WINDOW
-    report = api.evaluate(
-        [out], against=maker.model, data=list(texts), window=min(WINDOW, context),
-        trust_remote_code=maker.trust, progress=maker.progress,
-    )  # fmt: skip
-    scores: dict[str, dict[str, float]]
-
-
-def refine(
-    maker: Maker,
-    job: Job,
-    planner: Planner,
-    dials: Dials,
-    texts: Sequence[str],
-    statistics: str | Path,
-) -> CompressResult:
-    """The smallest artifact found that keeps the limit, measured on `texts`.
-
-    Raises:
-        RecipeError: even the finest formats do not keep it; nothing is left behind.
-    """
-    if not is_empty(maker.out):
-        raise in_the_way(maker.out)
-    limit = dials.max_kl if dials.max_kl is not None else 1 - (dials.min_agreement or 0.0)
-    agreement = dials.max_kl is None
-    aim = dials.budget().kl
-    assert aim is not None
-    place = maker.out.with_name(f".{maker.out.name}.tries")
-    made: dict[str, Attempt] = {}
-    try:
-        for number in range(ROUNDS):
-            planned = _closest(planner, dials, aim)
-            if planned.plan.digest in made:
-                break
-            attempt = _make(maker, job, planned, place / str(number), texts, statistics, agreement)
-            made[planned.plan.digest] = attempt
-            log.info(
-                "%s bytes: predicted KL %.4g, measured %s %.4g, limit %.4g", f"{attempt.nbytes:,}",
-                planned.mean, "changed top choices" if agreement else "KL", attempt.measured, limit,
-            )  # fmt: skip
-            if limit * (1 - SLACK) <= attempt.measured <= limit:
-                break
-            ratio = limit / max(attempt.measured, 1e-12)
-            aim = planned.mean * (ratio**2 if agreement else ratio) * (1 - SLACK / 2)
-        return _choose(maker, made, limit, agreement)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
-    """The plan for a predicted KL, or the finest there is."""
-    from bitnest.quantize.allocation.planner import Budget
-
-    try:
-        return planner.plan(Budget(kl=aim))
-    except RecipeError:
-        return planner.plan(Budget(size=1 << 62))
-
-
-def _make(
-    maker: Maker,
-    job: Job,
-    planned: Planned,
-    out: Path,
-    texts: Sequence[str],
-    statistics: str | Path,
-    agreement: bool,
-) -> Attempt:
-    from bitnest import api
-
-    result = maker.planned(job, planned.plan, [], statistics, out)
-    context = getattr(job.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    report = api.evaluate(
-        [out],
-        window=min(WINDOW, context or WINDOW), against=maker.model, data=texts, trust_remote_code=maker.trust,
-        progress=maker.progress,
-    )  # fmt: skip
+    report = _evaluate(maker, job, out, texts)
     scores: dict[str, dict[str, float]] = {}
     for score in report.rows[-1].scores:
         assert score.kl is not None
@@ -200,6 +123,26 @@ def _make(
     values = [1 - s["agreement"] if agreement else s["kl"] for s in scores.values()]
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return Attempt(result, planned, sum(values) / len(values), nbytes, scores)
+
+
+def _evaluate(maker: Maker, job: Job, out: Path, texts: Sequence[str]) -> EvalReport:
+    """KL and agreement on `texts`; fewer windows where a text is too short for WINDOWS."""
+    from bitnest import api
+
+    named = [f"{item.label}={item.source}" for item in sources(texts)] if texts else []
+    config = job.skeleton.model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or WINDOW
+    windows = WINDOWS
+    while True:
+        try:
+            return api.evaluate(
+                [out], against=maker.model, data=named, window=min(WINDOW, context),
+                windows=windows, trust_remote_code=maker.trust, progress=maker.progress,
+            )  # fmt: skip
+        except DataError:
+            if windows == 1:
+                raise
+            windows //= 2
 
 
 def _choose(

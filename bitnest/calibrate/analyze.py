@@ -5,6 +5,10 @@
        (`sensitivity`), send probes (`probes`) and samples on, store, free
     3. KL of the probes, by the model's own head (`tail`), on windows that no Hessian has seen
 
+Embedding and head are one unit more (`ends`). It is scored after the blocks, or before them if a
+probe changes an end: what such a probe's first block reads must be known, and a tied matrix is
+fitted to what the head reads, so all samples go through the model once more.
+
 Statistics are of the uncompressed model: every block sees what it sees in the original. A killed
 run resumes at the last finished block; finished blocks are replayed, Fisher and probes read back.
 
@@ -30,9 +34,18 @@ from bitnest.calibrate.blocks import block_tensors, weight_figures
 from bitnest.calibrate.collector import reference_experts
 from bitnest.calibrate.cover import Drawn
 from bitnest.calibrate.data import CalibrationSet
+from bitnest.calibrate.end_weights import EndWeights
+from bitnest.calibrate.ends import (
+    Ends,
+    end_record,
+    lookups,
+    observe_head,
+    reads_head,
+    score_ends,
+)
 from bitnest.calibrate.fisher import IMPORTANCE, Fisher, measure_fisher
 from bitnest.calibrate.observe import COVER, Observer
-from bitnest.calibrate.probes import Measured, Probes, draw_plans, group_plans
+from bitnest.calibrate.probes import Measured, Probes, draw_plans, group_plans, widths
 from bitnest.calibrate.sensitivity import Scored, Sensitivity, sample_rows
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import open_tail
@@ -43,7 +56,7 @@ from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options
 from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
-from bitnest.sites import Site, is_experts
+from bitnest.sites import Site, is_experts, is_tied
 from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
 from bitnest.workdir import storage_error
 
@@ -122,7 +135,7 @@ def analyze(
     done = finished_statistics(out, fingerprint)
     if done is not None:
         return done
-    writer = StatisticsWriter(out, fingerprint, len(job.skeleton.blocks))
+    writer = StatisticsWriter(out, fingerprint, job.units)
     try:
         finished = writer.begin(fresh=fresh)
         with torch.no_grad():
@@ -160,6 +173,10 @@ class _Run:
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip, half
         )
         self.sites = [site for site in job.sites if site.kind != "router"]
+        self.plans = self._plans()
+        chosen = [plan for plan, _ in self.plans]
+        tied = is_tied(job.skeleton)
+        self.ends = EndWeights(job.ends, analysis.formats, chosen, tied=tied)
         self.full, self.passes = self._plan_hessians()
         self.held = self._held_out()
         self.fisher: Fisher | None = None
@@ -169,25 +186,28 @@ class _Run:
         started = time.monotonic()
         if self.analysis.importance in IMPORTANCE:
             self.fisher = self._fisher()
+        count = len(self.skeleton.blocks)
+        early = self.ends.wanted
+        if early:
+            self._ends_first()
         stream = self._stream(list(range(len(self.numbers))), singles=True)
         probes = self._probes(stream)
+        finished = min(finished, count)
         if finished and not self._restore(probes, finished - 1):
             finished = 0
-        count = len(self.skeleton.blocks)
+        if not finished:
+            probes.begin(self.calibration.tokens)
         self.progress.phase("analyzing", count)
         for layer in range(count):
             prefix = f"{self.skeleton.prefix}.{layer}"
-            self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
-            release()
             if layer >= finished:
+                self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
+                release()
                 self._block(layer, prefix, stream, probes)
-            with reference_experts(
-                m for m in self.skeleton.blocks[layer].modules() if is_experts(m)
-            ):
-                stream.run(layer, keep=True)
-            self.skeleton.drop(prefix)
-            release()
+            self._pass(layer, stream, filled=layer >= finished)
             self.progress.step(note="" if layer >= finished else "resumed")
+        if self.ends.sites and not early and not self.writer.done(count):
+            self._score_ends(stream)
         measured = self._measure(stream, probes)
         return self.writer.finish(self._header(probes, measured, time.monotonic() - started))
 
@@ -251,6 +271,74 @@ class _Run:
         write_file(file, [entry(name, value) for name, value in tensors.items()])
         release()
         return fisher
+
+    # ---- ends
+
+    def _ends_first(self) -> None:
+        """Score the ends before the blocks, or read back what an earlier run found."""
+        file, count = self.writer.state / "ends.safetensors", len(self.skeleton.blocks)
+        if file.exists() and self.writer.done(count):
+            self.ends.load(file)
+            return
+        stream = None
+        if any(reads_head(site, self.ends.tied) for site in self.ends.sites):
+            self.progress.phase("what the head reads", count)
+            stream = self._stream(list(range(len(self.numbers))))
+            for layer in range(count):
+                self._pass(layer, stream)
+                self.progress.step()
+        self._score_ends(stream)
+        self.ends.save(file)
+
+    def _pass(self, layer: int, stream: Stream, *, filled: bool = False) -> None:
+        """Send all samples through a block. filled: whether it holds its weights."""
+        prefix = f"{self.skeleton.prefix}.{layer}"
+        if not filled:
+            self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
+            release()
+        modules = self.skeleton.blocks[layer].modules()
+        with reference_experts(m for m in modules if is_experts(m)):
+            stream.run(layer, keep=True)
+        self.skeleton.drop(prefix)
+        release()
+
+    def _score_ends(self, stream: Stream | None) -> None:
+        """Score and store the ends. stream: has passed all blocks; None if no end reads."""
+        ends, skeleton, analysis = self._see_ends(stream), self.skeleton, self.analysis
+
+        def matrix(site: Site) -> torch.Tensor:
+            return skeleton.read(site.path)
+
+        scored = list(score_ends(
+            ends, matrix, analysis.formats, self.options, self.fisher, self.budget.ends,
+            self.job.device, self.ends.keep,
+        )) if analysis.formats else []  # fmt: skip
+        record, tensors = end_record(
+            ends, len(skeleton.blocks), matrix, scored, self.fisher,
+            keep_hessians=analysis.keep_hessians, formats=len(analysis.formats),
+        )  # fmt: skip
+        self.writer.write_block(len(skeleton.blocks), record, tensors)
+        release()
+
+    def _see_ends(self, stream: Stream | None) -> Ends:
+        model, tokens, count = self.skeleton.model, self.calibration.tokens, len(self.labels)
+        table = model.get_input_embeddings()
+        reader = next((s for s in self.ends.sites if reads_head(s, self.ends.tied)), None)
+        read = None
+        if reader is not None:
+            assert stream is not None
+            read = observe_head(
+                stream, tokens, self.numbers, count,
+                held=self.held, full=self.full, reader=reader.module,
+            )  # fmt: skip
+        return Ends(
+            sites=self.ends.sites,
+            tied=self.ends.tied,
+            head=self.skeleton.path_of(model.get_output_embeddings()) or "",
+            table=self.skeleton.path_of(table) or "",
+            tokens=lookups(tokens, self.numbers, count, table.weight.shape[0]),
+            read=read,
+        )
 
     # ---- blocks
 
@@ -389,13 +477,19 @@ class _Run:
 
     # ---- probes
 
-    def _probes(self, stream: Stream) -> Probes:
+    def _plans(self) -> list[tuple[dict[str, int], bool]]:
+        """Plans to be measured, and whether each perturbs one group."""
         formats, seed = self.analysis.formats, self.job.recipe.seed
-        plans = draw_plans(self.sites, formats, self.analysis.probes, seed)
+        drawn = draw_plans(self.sites, formats, self.analysis.probes, seed)
+        plans = [(plan, False) for plan in drawn]
         if self.analysis.importance == "probes":
-            plans += group_plans(self.sites, _middle(formats))
+            plans += [(plan, True) for plan in group_plans(self.sites, _middle(formats))]
+        return plans
+
+    def _probes(self, stream: Stream) -> Probes:
+        plans = [plan for plan, _ in self.plans]
         samples = self._windows(self.analysis.probe_windows, last=True)
-        return Probes(stream, plans, samples, self._parameter, self.budget.hidden)
+        return Probes(stream, plans, samples, self._parameter, self.budget.hidden, self.ends)
 
     def _probe_file(self, layer: int) -> Path:
         return self.writer.state / f"probes-{layer:05d}.safetensors"
@@ -415,7 +509,7 @@ class _Run:
     def _measure(self, stream: Stream, probes: Probes) -> list[list[Measured]]:
         if not probes.plans:
             return []
-        self.progress.phase("measuring probes", len(probes.samples))
+        self.progress.phase("measuring probes", probes.rounds)
         with open_tail(stream) as tail:
             return probes.measure(tail, self.calibration.tokens, self.numbers, self.progress.step)
 
@@ -471,9 +565,9 @@ class _Run:
                 {
                     "plan": [plan.get(name) for name in names],
                     "measured": [vars(item) for item in found],
-                    "group": number >= self.analysis.probes,
+                    "group": group,
                 }
-                for number, (plan, found) in enumerate(zip(probes.plans, measured, strict=True))
+                for (plan, group), found in zip(self.plans, measured, strict=True)
             ],
             "drawn": None if self.drawn is None else self.drawn.to_json(),
             "seed": job.recipe.seed,
@@ -483,8 +577,8 @@ class _Run:
 
 
 def _middle(formats: Sequence[PackedFormat]) -> int:
-    """The format that groups are perturbed with: the second coarsest if there are three."""
-    order = sorted(range(len(formats)), key=lambda i: formats[i].bits)
+    """The format that groups are perturbed with: the second coarsest width if there are three."""
+    order = widths(formats) or [0]
     return order[min(1, len(order) - 1)]
 
 
@@ -496,6 +590,7 @@ def _fingerprint(job: Job, analysis: Analysis, source: str) -> dict[str, Any]:
         "source": source,
         "calibration": job.calibration.sha256,
         "labels": list(job.calibration.labels),
+        "ends": [site.name for site in job.ends],
         "options": {
             **analysis.to_json(),
             "method": job.recipe.method,

@@ -17,6 +17,7 @@ from bitnest.kernels.moments import BLOCKS
 from bitnest.sites import Site
 from bitnest.statistics import Statistics
 
+FIGURE_ROWS = 1 << 15  # of a matrix, looked at in one go
 EXPERT_SUMS = ("norms", "output", "output2", "weight", "fitted", "logits", "logits2", "margins")
 
 
@@ -33,15 +34,15 @@ def weight_figures(
     sites: Sequence[Site], parameter: Callable[[Site], torch.Tensor]
 ) -> dict[str, WeightFigures]:
     """Column norms and crest factors of every site's weight."""
-    found = {}
-    for site in sites:
-        rows = site.view(parameter(site)).float().contiguous()
-        sums = Moments.zeros((), rows.shape[1])
-        sums.add((), rows)
-        found[site.name] = WeightFigures(
-            sums.square.sqrt().float(), sums.peaks, float(sums.square.sum())
-        )
-    return found
+    return {site.name: row_figures(site.view(parameter(site))) for site in sites}
+
+
+def row_figures(matrix: torch.Tensor) -> WeightFigures:
+    """Those of a matrix (O, I) of any float type, some rows at a time."""
+    sums = Moments.zeros((), matrix.shape[1])
+    for start in range(0, len(matrix), FIGURE_ROWS):
+        sums.add((), matrix[start : start + FIGURE_ROWS].float().contiguous())
+    return WeightFigures(sums.square.sqrt().float(), sums.peaks, float(sums.square.sum()))
 
 
 def block_tensors(
@@ -60,7 +61,7 @@ def block_tensors(
     tensors: dict[str, torch.Tensor] = {}
     inputs = list(observer.inputs.items())
     for i, (_, seen) in enumerate(inputs):
-        _put(tensors, f"inputs.{i}", seen.moments)
+        put_moments(tensors, f"inputs.{i}", seen.moments)
         if keep_hessians and seen.hessian is not None:
             tensors[f"inputs.{i}.hessian"] = _symmetric(seen.hessian)
             tensors[f"inputs.{i}.weight"] = seen.weight
@@ -69,7 +70,7 @@ def block_tensors(
         rows = torch.cat(observer.rows[name])
         _put_experts(tensors, f"experts.{i}", sums, rows, keep_hessians)
     tensors.update({f"fisher.{name}": rows for name, rows in fisher.items()})
-    _put_sites(tensors, sites, scored, weights, formats)
+    put_sites(tensors, sites, scored, weights, formats)
     record = {
         "layer": layer,
         "inputs": [
@@ -96,7 +97,8 @@ def read_moments(statistics: Statistics, layer: int, prefix: str) -> Moments:
     )
 
 
-def _put(tensors: dict[str, torch.Tensor], prefix: str, moments: Moments) -> None:
+def put_moments(tensors: dict[str, torch.Tensor], prefix: str, moments: Moments) -> None:
+    """Add the tensors of `moments` under `prefix`."""
     for f in fields(Moments):
         tensors[f"{prefix}.{f.name}"] = getattr(moments, f.name)
 
@@ -108,8 +110,8 @@ def _put_experts(
     rows: torch.Tensor,
     keep_hessians: bool,
 ) -> None:
-    _put(tensors, f"{prefix}.up", sums.up)
-    _put(tensors, f"{prefix}.down", sums.down)
+    put_moments(tensors, f"{prefix}.up", sums.up)
+    put_moments(tensors, f"{prefix}.down", sums.down)
     for name in EXPERT_SUMS:
         value = getattr(sums, name)
         if value is not None:
@@ -130,13 +132,14 @@ def _symmetric(totals: torch.Tensor) -> torch.Tensor:
     return torch.stack([symmetric(part.clone()) for part in totals]).cpu()
 
 
-def _put_sites(
+def put_sites(
     tensors: dict[str, torch.Tensor],
     sites: Sequence[Site],
     scored: Mapping[str, Scored],
     weights: Mapping[str, WeightFigures],
     formats: int,
 ) -> None:
+    """Add what is stored of a layer's sites: figures of their weights, errors and losses."""
     if not sites:
         return
     tensors["sites.peaks"] = torch.stack([weights[site.name].peaks for site in sites])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bitnest.calibrate.blocks import EXPERT_SUMS, read_moments
+from bitnest.calibrate.ends import Ends, score_ends
 from bitnest.calibrate.fisher import Fisher
 from bitnest.calibrate.observe import ExpertSums, Input
 from bitnest.calibrate.sensitivity import Scored, Sensitivity
@@ -27,8 +28,8 @@ from bitnest.progress import Progress
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options
-from bitnest.sites import Site
-from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
+from bitnest.sites import Site, is_tied
+from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics, is_ends
 from bitnest.statistics.header import HEADER
 from bitnest.workdir import sha256_file, storage_error
 
@@ -148,12 +149,15 @@ class _Scorer:
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """All of the block's tensors, with the new formats' errors and losses appended."""
         statistics, skeleton = self.statistics, self.job.skeleton
-        prefix = f"{skeleton.prefix}.{layer}"
-        skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
-        self.sensitivity.fisher = self._fisher(layer)
         sites = statistics.sites_of(layer)
-        scored = {item.site.name: item for item in self._score(layer, sites)}
-        skeleton.drop(prefix)
+        if is_ends(statistics.layers[layer]):
+            scored = {item.site.name: item for item in self._score_ends(layer, sites)}
+        else:
+            prefix = f"{skeleton.prefix}.{layer}"
+            skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
+            self.sensitivity.fisher = self._fisher(layer)
+            scored = {item.site.name: item for item in self._score(layer, sites)}
+            skeleton.drop(prefix)
         release()
         found = {name: statistics.read(layer, name) for name in statistics.names(layer)}
         own = [scored[site.name] for site in sites]
@@ -165,17 +169,38 @@ class _Scorer:
             found["sites.loss"] = torch.cat([found["sites.loss"], loss], dim=1)
         return found
 
-    def _score(self, layer: int, sites: Sequence[Site]) -> Iterator[Scored]:
-        statistics, record = self.statistics, self.statistics.layers[layer]
-        fused = {item["name"] for item in record["experts"]}
-        inputs = {}
-        for i, item in enumerate(record["inputs"]):
+    def _score_ends(self, layer: int, sites: Sequence[Site]) -> Iterator[Scored]:
+        skeleton, model = self.job.skeleton, self.job.skeleton.model
+        inputs = self._inputs(layer)
+        ends = Ends(
+            sites=sites,
+            tied=is_tied(skeleton),
+            head=skeleton.path_of(model.get_output_embeddings()) or "",
+            table=skeleton.path_of(model.get_input_embeddings()) or "",
+            tokens=self.statistics.read(layer, "lookups"),
+            read=next(iter(inputs.values()), None),
+        )
+        return score_ends(
+            ends, lambda site: skeleton.read(site.path), self.sensitivity.formats,
+            self.sensitivity.options, self._fisher(layer), self.budget.ends, self.job.device,
+        )  # fmt: skip
+
+    def _inputs(self, layer: int) -> dict[str, Input]:
+        """What linear layers were observed to read, by the name of each input."""
+        statistics, inputs = self.statistics, {}
+        for i, item in enumerate(statistics.layers[layer]["inputs"]):
             moments = read_moments(statistics, layer, f"inputs.{i}")
             hessian = self._hessian(layer, f"inputs.{i}.hessian")
             weight = moments.tokens.double()
             if statistics.has(layer, f"inputs.{i}.weight"):
                 weight = statistics.read(layer, f"inputs.{i}.weight")
             inputs[item["name"]] = Input(list(item["readers"]), moments, hessian, weight)
+        return inputs
+
+    def _score(self, layer: int, sites: Sequence[Site]) -> Iterator[Scored]:
+        statistics, record = self.statistics, self.statistics.layers[layer]
+        fused = {item["name"] for item in record["experts"]}
+        inputs = self._inputs(layer)
         linears = [site for site in sites if site.module not in fused]
         yield from self.sensitivity.linears(linears, Stored(inputs, len(statistics.labels)))
         for i, item in enumerate(record["experts"]):

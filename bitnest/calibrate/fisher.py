@@ -22,6 +22,8 @@ v is drawn, one backward pass for a window:
             (Labels drawn from p have the same second moment and a much larger variance.)
     loss    v = p - onehot(next token): the empirical Fisher of the loss
 
+The ends have rows too (`end_gradients`): f of every logit, and of every channel of the embedding.
+
 The model is streamed: forward once with every block's inputs stored, then backwards, one block's
 weights in memory at a time. Gate weights are part of the graph, the choice of experts is not.
 """
@@ -29,7 +31,7 @@ weights in memory at a time. Gate weights are part of the graph, the choice of e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +39,7 @@ import torch
 from torch import nn
 
 from bitnest.calibrate.collector import dense_weights, reference_experts
+from bitnest.calibrate.end_gradients import HeadFisher, lookup_rows
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import open_tail
 from bitnest.errors import UnsupportedModel
@@ -50,7 +53,8 @@ IMPORTANCE = ("kl", "loss")
 @dataclass
 class Fisher:
     """rows: module path -> (labels, O) of a linear layer, parameter path -> (labels, E, O) of
-    experts; f_r as above, float64. predictions: N per label, (labels,)."""
+    experts; f_r as above, float64; of the head (labels, V), of the embedding (labels, hidden), the
+    latter per channel of its rows. predictions: N per label, (labels,)."""
 
     rows: dict[str, torch.Tensor]
     predictions: torch.Tensor
@@ -94,7 +98,8 @@ def measure_fisher(
         raise ValueError(f"'{kind}' is neither kl nor loss")
     skeleton = stream.skeleton
     inputs = _forward(stream, progress)
-    grads = _tail_gradients(stream, tokens, kind, seed)
+    head = HeadFisher(skeleton.model, count)
+    grads = _tail_gradients(stream, tokens, kind, seed, head, labels)
     predictions = torch.zeros(count, dtype=torch.int64)
     for label in labels:
         predictions[label] += tokens.shape[1] - 1
@@ -106,10 +111,24 @@ def measure_fisher(
         stream.forget()
         skeleton.drop(prefix)
         progress.step()
+    fisher.rows.update(_end_rows(stream, head, grads, labels, count))
     total = predictions.clamp_min(1).double()
     for rows in fisher.rows.values():
         rows /= total.view(-1, *[1] * (rows.dim() - 1))
     return fisher
+
+
+def _end_rows(
+    stream: Stream, head: HeadFisher, grads: torch.Tensor, labels: Sequence[int], count: int
+) -> dict[str, torch.Tensor]:
+    """Sums of the ends that are modules of the plain kind. grads: of the first block's input."""
+    model, found = stream.skeleton.model, {}
+    table = model.get_input_embeddings()
+    if head.head is not None:
+        found[stream.skeleton.path_of(head.head) or ""] = head.rows
+    if isinstance(table, nn.Embedding) and table.weight.shape[1] == grads.shape[2]:
+        found[stream.skeleton.path_of(table) or ""] = lookup_rows(stream, grads, labels, count)
+    return found
 
 
 def _forward(stream: Stream, progress: Progress) -> list[torch.Tensor]:
@@ -128,11 +147,20 @@ def _forward(stream: Stream, progress: Progress) -> list[torch.Tensor]:
     return inputs
 
 
-def _tail_gradients(stream: Stream, tokens: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
-    """(d logits / d states)^T v of the last block's outputs, shaped as they are."""
+def _tail_gradients(
+    stream: Stream,
+    tokens: torch.Tensor,
+    kind: str,
+    seed: int,
+    head: HeadFisher | None = None,
+    labels: Sequence[int] = (),
+) -> torch.Tensor:
+    """(d logits / d states)^T v of the last block's outputs, shaped as they are. head: is told of
+    every window's logits, with its label."""
     grads = stream.allocate(tuple(stream.hidden.shape))
     generator = torch.Generator(device=stream.device).manual_seed(seed)
-    with open_tail(stream) as tail, torch.enable_grad():
+    watching = nullcontext() if head is None else head.watching()
+    with open_tail(stream) as tail, watching, torch.enable_grad():
         for i in range(len(tokens)):
             states = stream.hidden[i : i + 1].to(stream.device).requires_grad_()
             logits = tail(tokens[i : i + 1], states)[:-1]
@@ -144,6 +172,8 @@ def _tail_gradients(stream: Stream, tokens: torch.Tensor, kind: str, seed: int) 
             else:
                 v = p
                 v[torch.arange(len(p)), tokens[i, 1:].to(p.device)] -= 1
+            if head is not None:
+                head.add(labels[i], logits, p * (1 - p) if kind == "kl" else v.square())
             (grad,) = torch.autograd.grad((logits * v).sum(), states)
             grads[i] = grad[0]
     return grads

@@ -12,6 +12,7 @@ out is fitted to probes, whose KL was measured [ours]:
 a_k corrects each kind (attention, expert ...). The square root is what choosing experts adds: the
 chance that the k-th and the (k+1)-th change places grows with the size of a perturbation, not with
 its square, and what a changed place costs does not depend on it. Dense models have no such term.
+A head of its own moves no router: it is left out of the root.
 Fitted by least squares of log KL, with a weak pull of the a_k towards each other (RIDGE), so that
 a few probes suffice.
 
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 
 from bitnest.errors import StatisticsError
-from bitnest.sites import Site
+from bitnest.sites import ENDS, Site
 from bitnest.statistics import Statistics
 
 RIDGE = 0.3  # weight of log a_k - mean log a, against residuals of log KL
@@ -82,7 +83,8 @@ class Fit:
 
     def kl(self, sums: np.ndarray) -> np.ndarray:
         """Predicted KL of raw sums (..., kinds)."""
-        return np.asarray(sums @ np.array(self.scales) + self.flips * np.sqrt(sums.sum(-1)))
+        moved = sums @ _moves(self.kinds)
+        return np.asarray(sums @ np.array(self.scales) + self.flips * np.sqrt(moved))
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,9 @@ class Predictor:
         return raw, np.array([row[3] for row in rows]), [row[0] for row in rows]
 
     def _mean_bits(self, probe: int) -> float:
+        """Of the sites that the probe changes."""
         choice = _choice(self.statistics.header["probes"][probe]["plan"])
-        size = np.array([site.numel for site in self.sites], dtype=float)
+        size = np.array([site.numel for site in self.sites], dtype=float) * (choice >= 0)
         return float((self._bits[choice] * size).sum() / size.sum())
 
     @property
@@ -290,7 +293,7 @@ def candidate_bits(statistics: Statistics) -> np.ndarray:
     """Bits per weight of every candidate with its scales, on a typical matrix, (F,)."""
     from bitnest.formats import parse_format
 
-    shape = _typical(statistics.sites)
+    shape = _typical([s for s in statistics.sites if s.kind not in ENDS] or statistics.sites)
     return np.array([
         8 * parse_format(name).nbytes(shape) / (shape[0] * shape[1]) for name in statistics.formats
     ])  # fmt: skip
@@ -298,6 +301,11 @@ def candidate_bits(statistics: Statistics) -> np.ndarray:
 
 def _typical(sites: Sequence[Site]) -> tuple[int, int]:
     return max((site.shape for site in sites), key=lambda shape: shape[0] * shape[1])
+
+
+def _moves(kinds: Sequence[str]) -> np.ndarray:
+    """1 for kinds whose errors reach a router."""
+    return np.array([float(kind != "head") for kind in kinds])
 
 
 def _choice(plan: Sequence[int | None]) -> np.ndarray:
@@ -315,7 +323,7 @@ def fit_points(
     """Fit to raw sums (n, K) and measured KL (n,); probes: which probe each row is of."""
     if not len(measured):
         return Fit(tuple(kinds), (1.0,) * len(kinds), 0.0, math.inf, 0)
-    scales, flips = _solve(raw, measured, moe)
+    scales, flips = _solve(kinds, raw, measured, moe)
     others = left_out(kinds, raw, measured, probes, moe=moe)
     error = float(np.sqrt(np.mean(np.log(measured / np.maximum(others, LEAST)) ** 2)))
     return Fit(tuple(kinds), tuple(scales), flips, error, len(set(probes)))
@@ -337,24 +345,27 @@ def left_out(
         if own.all():
             scales, flips = [1.0] * len(kinds), 0.0
         else:
-            scales, flips = _solve(raw[~own], measured[~own], moe)
+            scales, flips = _solve(kinds, raw[~own], measured[~own], moe)
         fit = Fit(tuple(kinds), tuple(scales), flips, 0.0, 0)
         predicted[own] = fit.kl(raw[own])
     return predicted
 
 
-def _solve(raw: np.ndarray, measured: np.ndarray, moe: bool) -> tuple[list[float], float]:
+def _solve(
+    names: Sequence[str], raw: np.ndarray, measured: np.ndarray, moe: bool
+) -> tuple[list[float], float]:
     """Least squares of log KL over log a_k and log b, by scipy from a common scale."""
     from scipy.optimize import least_squares
 
     total = np.maximum(raw.sum(1), LEAST)
+    moved = np.maximum(raw @ _moves(names), LEAST)
     common = float(np.mean(np.log(measured / total)))
     kinds = raw.shape[1]
 
     def residuals(x: np.ndarray) -> np.ndarray:
         fitted = raw @ np.exp(x[:kinds])
         if moe:
-            fitted = fitted + np.exp(x[kinds]) * np.sqrt(total)
+            fitted = fitted + np.exp(x[kinds]) * np.sqrt(moved)
         pull = RIDGE * (x[:kinds] - x[:kinds].mean())
         return np.concatenate([np.log(np.maximum(fitted, LEAST) / measured), pull])
 

@@ -10,12 +10,17 @@ How probes are drawn [ours]: the mean width of the experts' sites (of every othe
 is spread evenly over the candidates, so that plans of every budget are among the probes, uniform
 ones of the coarsest and finest nearly; the mix around the mean is narrow or wide. In half of the
 probes all kinds have one mean, in the others each its own: attention can be fine where experts are
-coarse.
+coarse. Embedding and head have one site each, which gets the width nearest its mean; in half of the
+probes they stay as they are, as in most plans. `zero` is no width and is never drawn.
+
+A probe with another embedding has states of its own from the first block on, one with another head
+is measured with that. Both are kept as they would be stored and decoded when they are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,14 +28,16 @@ import numpy as np
 import torch
 
 from bitnest.calibrate.collector import reference_experts
+from bitnest.calibrate.end_weights import EndWeights
 from bitnest.calibrate.spill import Spill
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import Tail
 from bitnest.formats import PackedFormat
 from bitnest.safetensors_io import Entry
-from bitnest.sites import Site, is_experts
+from bitnest.sites import ENDS, Site, is_experts
 
 DIRICHLET = 0.5
+PROBES_OF_ENDS = (1, 2)  # of every four: one with means of its own, one where all kinds have one
 ROWS = 256  # predictions whose logits are compared at once
 
 
@@ -47,12 +54,16 @@ class Measured:
 def draw_plans(
     sites: Sequence[Site], formats: Sequence[PackedFormat], count: int, seed: int
 ) -> list[dict[str, int]]:
-    """`count` random plans: site name -> format number."""
+    """`count` random plans: site name -> format number; sites left out stay as they are."""
     random = np.random.default_rng(seed)
-    order = sorted(range(len(formats)), key=lambda i: formats[i].bits)
+    order = widths(formats)
+    if not order:
+        return []
     last = len(order) - 1
-    kinds = sorted({site.kind for site in sites})
-    strata = {kind: random.permutation(count) for kind in kinds}
+    inner = [site for site in sites if site.kind not in ENDS]
+    kinds = sorted({site.kind for site in inner})
+    ends = [site for site in sites if site.kind in ENDS]
+    strata = {kind: random.permutation(count) for kind in [*kinds, *(s.kind for s in ends)]}
     plans = []
     for number in range(count):
         places: dict[str, tuple[list[int], np.ndarray]] = {}
@@ -63,10 +74,19 @@ def draw_plans(
             near = max(0.5, random.random() * len(order) / 2)
             mixed = [i for i in range(last + 1) if abs(i - mean) <= near]
             places[kind] = ([order[i] for i in mixed], random.dirichlet([DIRICHLET] * len(mixed)))
-        plans.append(
-            {s.name: int(random.choice(places[s.kind][0], p=places[s.kind][1])) for s in sites}
-        )
+        plan = {s.name: int(random.choice(places[s.kind][0], p=places[s.kind][1])) for s in inner}
+        for site in ends:
+            stratum = strata[site.kind if number % 2 else kinds[-1]][number]
+            if number % 4 in PROBES_OF_ENDS:
+                plan[site.name] = order[round(last * (stratum + random.random()) / count)]
+        plans.append(plan)
     return plans
+
+
+def widths(formats: Sequence[PackedFormat]) -> list[int]:
+    """Numbers of the formats that are widths, by bits: all but `zero`."""
+    numbers = [i for i, fmt in enumerate(formats) if fmt.bits]
+    return sorted(numbers, key=lambda i: formats[i].bits)
 
 
 def group_plans(sites: Sequence[Site], number: int) -> list[dict[str, int]]:
@@ -80,7 +100,8 @@ def group_plans(sites: Sequence[Site], number: int) -> list[dict[str, int]]:
 class Probes:
     """Hidden states and, for the block at hand, weights of every probe.
 
-    states: number of a plan -> what its samples have become, from the first block it changes on.
+    states: number of a plan -> what its samples have become, from the first block it changes on;
+    a plan that changes nothing but the head has none. ends: those that plans change.
 
     plans: as `draw_plans` gives. samples: numbers of the stream's samples that are measured.
     parameter: gives a site's model parameter. limit: bytes of weights in memory, None for all;
@@ -94,13 +115,34 @@ class Probes:
         samples: Sequence[int],
         parameter: Callable[[Site], torch.Tensor],
         limit: int | None = None,
+        ends: EndWeights | None = None,
     ) -> None:
+        self.ends = ends or EndWeights(())
         self.stream, self.plans, self.samples = stream, list(plans), list(samples)
         self.parameter = parameter
         self.states: dict[int, torch.Tensor] = {}
         self._wanted = {choice for plan in self.plans for choice in plan.items()}
         self._sites: dict[str, Site] = {}
         self._weights = Spill(limit)
+
+    def begin(self, tokens: torch.Tensor) -> None:
+        """Give probes with another embedding their own first states. tokens: of all samples."""
+        table = self.ends.site("embedding")
+        if table is None:
+            return
+        groups: dict[int, list[int]] = {}
+        for number, plan in enumerate(self.plans):
+            if table.name in plan:
+                groups.setdefault(plan[table.name], []).append(number)
+        for choice, numbers in groups.items():
+
+            def change(choice: int = choice) -> None:
+                parameter = self.stream.skeleton.model.get_parameter(table.path)
+                self.ends.decode_into(parameter.data, table, choice)
+
+            states = self.stream.embed(tokens[self.samples], change)
+            for number in numbers:
+                self.restore(number, states)
 
     def offer(self, site: Site, number: int, weight: torch.Tensor) -> None:
         """A site's weight in format `number`, (O, I), was computed."""
@@ -166,21 +208,60 @@ class Probes:
         step: Callable[[], None] = lambda: None,
     ) -> list[list[Measured]]:
         """KL of every probe on every dataset. tokens, labels: of all the stream's samples, which
-        must have passed through all blocks. step: called after every window."""
+        must have passed through all blocks. step: called after every window, `rounds` times."""
         device = self.stream.device
         values = torch.zeros(len(self.plans), len(self.samples), dtype=torch.float64)
-        with torch.no_grad():
+        for choice, numbers in self._by_head().items():
+            head = self._head(choice)
             for j, sample in enumerate(self.samples):
                 window = tokens[sample : sample + 1]
-                base = tail(window, self.stream.hidden[sample : sample + 1].to(device))[:-1]
-                base = base.log_softmax(1)
-                for i, states in self.states.items():
-                    other = tail(window, states[j : j + 1].to(device))[:-1]
-                    values[i, j] = mean_kl(base, other)
+                own = self.stream.hidden[sample : sample + 1]
+                with torch.no_grad():
+                    base = tail(window, own.to(device))[:-1].log_softmax(1)
+                    for i in numbers:
+                        states = self.states[i][j : j + 1] if i in self.states else own
+                        with self._in_place(head):
+                            other = tail(window, states.to(device))[:-1]
+                        values[i, j] = mean_kl(base, other)
                 self.stream.forget()
                 step()
         own = torch.tensor([labels[sample] for sample in self.samples])
         return [[_summary(int(d), row[own == d]) for d in own.unique()] for row in values]
+
+    @property
+    def rounds(self) -> int:
+        """Windows that `measure` goes through, each head anew."""
+        return len(self.samples) * len(self._by_head())
+
+    def _by_head(self) -> dict[int | None, list[int]]:
+        """Format number of the head, None for the model's own -> plans."""
+        site = self.ends.head
+        found: dict[int | None, list[int]] = {}
+        for number, plan in enumerate(self.plans):
+            found.setdefault(None if site is None else plan.get(site.name), []).append(number)
+        return found
+
+    def _head(self, choice: int | None) -> torch.Tensor | None:
+        """The head's weight in format `choice`, as the model computes with it."""
+        site = self.ends.head
+        if choice is None or site is None:
+            return None
+        own = self.stream.skeleton.model.get_output_embeddings().weight
+        return self.ends.decode_into(torch.empty_like(own), site, choice)
+
+    @contextmanager
+    def _in_place(self, head: torch.Tensor | None) -> Iterator[None]:
+        """The model's head with another weight, if there is one."""
+        if head is None:
+            yield
+            return
+        own = self.stream.skeleton.model.get_output_embeddings().weight
+        before = own.data
+        own.data = head
+        try:
+            yield
+        finally:
+            own.data = before
 
 
 def mean_kl(base: torch.Tensor, other: torch.Tensor) -> float:

@@ -179,7 +179,7 @@ class Sensitivity:
         """Solve the stacked matrices of every column in every format."""
         weight = torch.stack([self._stack(column) for column in columns])
         solver = inputs.solver.to(weight.device)
-        energy = _row_errors(weight, solver)
+        energy = row_errors(weight, solver)
         fishers = [self._fisher(column) for column in columns]
         count, labels = len(self.formats), len(inputs.labels)
         errors = torch.zeros(len(columns), weight.shape[1], count, dtype=torch.float64)
@@ -187,9 +187,9 @@ class Sensitivity:
         for i, fmt in enumerate(self.formats):
             solved = self._solve(weight, solver, fmt)
             miss = weight - solved
-            errors[:, :, i] = _row_errors(miss, solver).double().cpu().clamp_min(0)
+            errors[:, :, i] = row_errors(miss, solver).double().cpu().clamp_min(0)
             for d in range(labels):
-                rows = _row_errors(miss, inputs.labels[d].to(miss.device)).double().cpu()
+                rows = row_errors(miss, inputs.labels[d].to(miss.device)).double().cpu()
                 for b, f in enumerate(fishers):
                     if f is not None:
                         losses[b, :, i, d] = 0.5 * f[d] * rows[b].clamp_min(0)
@@ -301,7 +301,7 @@ def means(totals: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, tor
     return labels, pooled
 
 
-def _row_errors(miss: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def row_errors(miss: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """(dW H dW^T)_rr of dW (B, O, I) with H (B, I, I) or its diagonal (B, I): (B, O)."""
     if hessian.dim() == 2:
         return (miss.square() * hessian[:, None]).sum(2)

@@ -16,6 +16,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,31 @@ class Stream:
                 after_batch()
         self.forget()
 
+    def embed(self, tokens: torch.Tensor, change: Callable[[], None]) -> torch.Tensor:
+        """What the first block reads of `tokens` (n, length): (n, length, hidden_size).
+
+        change: called when the weights outside the blocks are in memory.
+        """
+        with self.outside():
+            change()
+            return torch.cat([
+                self._record(row[None].to(self.device))[0].cpu() for row in tokens
+            ])  # fmt: skip
+
     def _embed(self, tokens: torch.Tensor, singles: bool) -> None:
+        with self.outside():
+            for part in self.batches():
+                states, calls = self._record(tokens[part].to(self.device))
+                self._remember(len(states), calls)
+                if part.start == 0:
+                    self.hidden = self.allocate((*tokens.shape, states.shape[-1]))
+                self.hidden[part] = states
+            if singles:
+                self._remember(1, self._record(tokens[:1].to(self.device))[1])
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold what lies before the blocks in memory, in the checkpoint's type."""
         skeleton = self.skeleton
         head = skeleton.model.get_output_embeddings()
         head_name = next((n for n, m in skeleton.model.named_modules() if m is head), None)
@@ -131,21 +156,14 @@ class Stream:
         )
         self._move_buffers()
         try:
-            for part in self.batches():
-                states, calls = self._record(tokens[part].to(self.device))
-                self._remember(len(states), calls)
-                if part.start == 0:
-                    self.hidden = self.allocate((*tokens.shape, states.shape[-1]))
-                self.hidden[part] = states
-            if singles:
-                self._remember(1, self._record(tokens[:1].to(self.device))[1])
+            yield
         finally:
             hook.remove()
-        for name in outside:
-            for child, parameter in skeleton.model.get_submodule(name).named_parameters():
-                full = f"{name}.{child}"
-                if not full.startswith(skeleton.prefix + ".") and not parameter.is_meta:
-                    skeleton.drop_parameter(full)
+            for name in outside:
+                for child, parameter in list(skeleton.model.get_submodule(name).named_parameters()):
+                    full = f"{name}.{child}"
+                    if not full.startswith(skeleton.prefix + ".") and not parameter.is_meta:
+                        skeleton.drop_parameter(full)
 
     def _move_buffers(self) -> None:
         for module in self.skeleton.model.modules():

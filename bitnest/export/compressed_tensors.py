@@ -3,6 +3,7 @@
     config.json                 the source's, with quantization_config (see schemes.py)
     model-*.safetensors         dense tensors byte for byte, then one file per decoder block with
                                 <site>.weight_packed or .weight, .weight_scale, ... (tensors.py)
+                                and one with embedding and head, decoded, where those are packed
     tokenizer and generation files, copied
 
 Everything is checked before anything is written. The directory is written beside its place, read
@@ -26,16 +27,18 @@ from typing import Any
 
 import torch
 
-from bitnest.artifact import MANIFEST, Artifact, SiteRecord
+from bitnest.artifact import MANIFEST, Artifact, SiteRecord, site_tensors
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
 from bitnest.export.layouts import packed_format, packed_layout
-from bitnest.export.rules import check_layout, formats_of, packed_sites
+from bitnest.export.rules import check_layout, decoded_sites, formats_of, packed_sites
 from bitnest.export.schemes import quantization_config
 from bitnest.export.targets import check_engine, engine_notes
 from bitnest.export.tensors import entries
 from bitnest.export.verify import verify_export
-from bitnest.safetensors_io import TensorInfo, read_header, read_tensor, write_file
+from bitnest.formats import parse_format
+from bitnest.kernels.decode import decode
+from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -109,6 +112,9 @@ def export_compressed_tensors(
     if odd:
         widths = "/".join(map(str, sorted(odd)))
         notes.append(f"{widths}-bit weights need readers with compressed-tensors 0.18 or newer")
+    if ends := decoded_sites(artifact.records):
+        names = " and ".join(f"{record.site.name} ({record.format})" for record in ends)
+        notes.append(f"{names} is packed in the artifact and dense here: engines read it dense")
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return ExportResult(
         out, nbytes, sum(formats.values()), formats, verified, verifier, tuple(notes)
@@ -126,13 +132,16 @@ def _write(
     for record in packed_sites(artifact.records):
         packed.setdefault(record.file, []).append(record)
     dense_files = sorted({info.file for info in dense.values()})
-    count = len(dense_files) + len(packed)
+    ends = decoded_sites(artifact.records)
+    count = len(dense_files) + len(packed) + bool(ends)
     weight_map: dict[str, str] = {}
     total = 0
     for number in range(count):
         file = work / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         if number < len(dense_files):
             shutil.copyfile(dense_files[number], file)
+        elif number == len(dense_files) + len(packed):
+            write_file(file, [_decoded(artifact, record, dtype) for record in ends])
         else:
             block = sorted(packed)[number - len(dense_files)]
             headers = read_header(artifact.path / block)
@@ -144,6 +153,16 @@ def _write(
     _write_json(work / CONFIG, config)
     for name in _other_files(artifact):
         shutil.copyfile(artifact.path / name, work / name)
+
+
+def _decoded(artifact: Artifact, record: SiteRecord, dtype: torch.dtype) -> Entry:
+    """A packed end as the dense tensor it stands for. dtype: the model's."""
+    fmt, shape = parse_format(record.format), record.site.shape
+
+    def values() -> torch.Tensor:
+        return decode(site_tensors(record, artifact.headers()), fmt, shape, dtype)
+
+    return Entry(f"{record.site.name}.weight", dtype, shape, values)
 
 
 def _dense_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
@@ -224,6 +243,7 @@ def _check_place(artifact: Artifact, out: Path, dtype: torch.dtype) -> None:
             "the output is in the way", where=str(out), hint="choose another -o, or remove it first"
         )
     need = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+    need += sum(r.site.numel * dtype.itemsize for r in decoded_sites(artifact.records))
     if dtype == torch.float32:  # scales double
         need += sum(record.nbytes for record in artifact.packed()) // 2
     place = out.absolute().parent

@@ -24,9 +24,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from bitnest.errors import TargetError
-from bitnest.formats import BlockFormat, LowRankFormat, TransformedFormat, parse_format
+from bitnest.formats import (
+    BlockFormat,
+    LowRankFormat,
+    TransformedFormat,
+    ZeroFormat,
+    parse_format,
+)
 from bitnest.formats.elements import FloatElement, IntElement
 from bitnest.formats.names import E2M1, E4M3
+from bitnest.kinds import ENDS
 
 if TYPE_CHECKING:
     from bitnest.artifact import SiteRecord
@@ -114,13 +121,21 @@ def packed_layout(record: SiteRecord) -> Layout:
     return _read(record)[1]
 
 
+def layout_kind(record: SiteRecord) -> str:
+    """`packed` as codes, `decoded` for a packed end, which engines look up or multiply dense, else
+    `dense`."""
+    if record.format == "dense" or not (record.file or record.format == "zero"):
+        return "dense"
+    return "decoded" if record.site.kind in ENDS else "packed"
+
+
 def layout_of(record: SiteRecord) -> Layout | None:
-    """How a site is stored, None if it is dense.
+    """How a site is stored in the export, None if it is dense there.
 
     Raises:
         TargetError: a format that the file format does not hold.
     """
-    return packed_layout(record) if record.file and record.format != "dense" else None
+    return packed_layout(record) if layout_kind(record) == "packed" else None
 
 
 def _read(record: SiteRecord) -> tuple[BlockFormat, Layout]:
@@ -165,6 +180,8 @@ def layout_for(fmt: BlockFormat) -> Layout | None:
 
 def _missing(fmt: object) -> str:
     """What compressed-tensors has no place for."""
+    if isinstance(fmt, ZeroFormat):
+        return "engines have no format for a matrix that is not there"
     if isinstance(fmt, LowRankFormat):
         return f"compressed-tensors has no tensors for a low-rank residual (+{fmt.kind}{fmt.rank})"
     if isinstance(fmt, TransformedFormat):

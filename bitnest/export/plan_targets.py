@@ -23,10 +23,10 @@ from bitnest.export.engines import ENGINES
 from bitnest.export.rules import FUSED, check_site_storage
 from bitnest.export.targets import check_site
 from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.kinds import ENDS
 from bitnest.sites import Site
 from bitnest.targets import Target, each_alone
 
-ENDS = ("embedding", "head")
 NATIVE = (
     "int1-g128@had64", "int2-g128@had64", "int3-g128@had64", "int4-g128@had64", "int5-g128@had64",
     "int6-g128@had64", "int8-g128@had64",

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
-from bitnest.export.layouts import layout_of, packed_format, packed_layout
+from bitnest.export.layouts import layout_kind, layout_of, packed_format, packed_layout
+from bitnest.kinds import ENDS
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -28,8 +29,13 @@ FUSED = (
 
 
 def packed_sites(records: Iterable[SiteRecord]) -> list[SiteRecord]:
-    """Sites stored in packed files as codes."""
-    return [record for record in records if record.file and record.format != "dense"]
+    """Sites of the blocks stored as codes; embedding and head are exported dense."""
+    return [record for record in records if layout_kind(record) == "packed"]
+
+
+def decoded_sites(records: Iterable[SiteRecord]) -> list[SiteRecord]:
+    """Ends that the artifact holds packed: the export holds them decoded."""
+    return [record for record in records if layout_kind(record) == "decoded"]
 
 
 def check_layout(records: Sequence[SiteRecord]) -> None:
@@ -40,13 +46,16 @@ def check_layout(records: Sequence[SiteRecord]) -> None:
     Raises:
         TargetError: the site and the rule it breaks.
     """
-    if not packed_sites(records):
+    if not packed_sites(records) and not any(r.format == "zero" for r in records):
         raise TargetError(
-            "the artifact has no packed weight, there is nothing to export",
+            "the artifact has no packed weight in its blocks, there is nothing to export",
             hint="the checkpoint it was made from loads as it is",
         )
     for record in records:
-        if record.file:
+        if record.format == "zero":
+            packed_layout(record)  # raises, whatever kind it is of
+    for record in records:
+        if record.file and record.site.kind not in ENDS:
             check_site_storage(record)
     for family in fused_families(r for r in records if r.site.kind != "expert"):
         names = "/".join(record.site.name.rpartition(".")[2] for record in family)

@@ -9,13 +9,16 @@ from bitnest.formats.block import BlockFormat, integer
 from bitnest.formats.names import parse_format
 from bitnest.formats.wrappers import (
     AnyFormat,
+    CodedFormat,
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
     block_format,
 )
+from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
-    "AnyFormat", "BlockFormat", "DenseFormat", "Format", "LowRankFormat", "PackedFormat", "Part",
-    "TransformedFormat", "block_format", "integer", "parse_format", "total_bytes",
+    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "Format", "LowRankFormat",
+    "PackedFormat", "Part", "TransformedFormat", "ZeroFormat", "block_format", "integer",
+    "parse_format", "total_bytes",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from bitnest.formats.wrappers import (
     TransformedFormat,
     block_format,
 )
+from bitnest.formats.zero import ZeroFormat
 
 SHAPE = (4096, 4096)  # out, in: what sizes are stated for unless another is asked
 
@@ -112,6 +113,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "int3-g128+hlr16": "weighted by all of H, codes and residual fitted in turns (ours)",
     },
     "dense": {"dense": "the source's own 16-bit values"},
+    "dropped": {"zero": "all weights zero, nothing stored: what dropping a matrix is"},
 }
 
 CATALOGUE: tuple[Entry, ...] = tuple(
@@ -138,11 +140,13 @@ def family(fmt: AnyFormat) -> str:
         return "transform"
     if isinstance(fmt, BlockFormat):
         return base_family(fmt)
-    return "dense"
+    return "dropped" if isinstance(fmt, ZeroFormat) else "dense"
 
 
 def base_family(fmt: PackedFormat) -> str:
     """The family of the format inside its wrappers."""
+    if isinstance(fmt, ZeroFormat):
+        return "dropped"
     base = block_format(fmt)
     if base.alias:
         return base.alias[:2]
@@ -158,13 +162,13 @@ def bits_per_weight(fmt: AnyFormat, shape: tuple[int, int] = SHAPE) -> float:
 
 
 def granularity(fmt: AnyFormat) -> str:
-    """What one scale covers: `tensor`, `channel`, `g128`, `b128x128`; empty for dense."""
-    return "" if isinstance(fmt, DenseFormat) else block_format(fmt).grain
+    """What one scale covers: `tensor`, `channel`, `g128`, `b128x128`; empty where there is none."""
+    return "" if isinstance(fmt, DenseFormat | ZeroFormat) else block_format(fmt).grain
 
 
 def scale_kind(fmt: AnyFormat) -> str:
     """The stored form of its scales, with the rule and the zero points where there are such."""
-    if isinstance(fmt, DenseFormat):
+    if isinstance(fmt, DenseFormat | ZeroFormat):
         return ""
     base = block_format(fmt)
     if base.learned and base.group is None:

@@ -1,6 +1,6 @@
 """Format names: one grammar, read and written.
 
-name      base [@transform]... [+residual]
+name      base [@transform]... [+residual], dense or zero
 base      alias | element-grain[-option]...
 element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
@@ -26,7 +26,8 @@ from bitnest.formats.elements import (
     TernaryElement,
 )
 from bitnest.formats.minifloat import MiniFloat
-from bitnest.formats.wrappers import AnyFormat, LowRankFormat, PackedFormat, TransformedFormat
+from bitnest.formats.wrappers import AnyFormat, CodedFormat, LowRankFormat, TransformedFormat
+from bitnest.formats.zero import ZeroFormat
 
 E4M3, E5M2 = MiniFloat(4, 3), MiniFloat(5, 2)
 E3M2, E2M3, E2M1 = MiniFloat(3, 2), MiniFloat(2, 3), MiniFloat(2, 1)
@@ -76,6 +77,8 @@ def parse_format(name: str) -> AnyFormat:
     """
     if name == "dense":
         return DenseFormat()
+    if name == "zero":
+        return ZeroFormat()
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
     return _wrap(parse_base(name[:cut], name), name[cut:], name)
 
@@ -173,8 +176,8 @@ def _float(match: re.Match[str]) -> MiniFloat:
     return spec
 
 
-def _wrap(fmt: BlockFormat, text: str, whole: str) -> PackedFormat:
-    wrapped: PackedFormat = fmt
+def _wrap(fmt: BlockFormat, text: str, whole: str) -> CodedFormat:
+    wrapped: CodedFormat = fmt
     place = 0
     for match in _WRAPPER.finditer(text):
         number = int(match["number"] or 0)

@@ -11,13 +11,14 @@ from __future__ import annotations
 from bitnest.formats.base import DenseFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement
 from bitnest.formats.wrappers import AnyFormat, block_format
+from bitnest.formats.zero import ZeroFormat
 
 NATIVE_SCALES = frozenset({"half", "e8m0", "m1", "e4m3"})
 
 
 def native_encoder(fmt: AnyFormat) -> bool:
     """Whether the C encoder rounds to nearest in `fmt`, or in the format inside its wrappers."""
-    if isinstance(fmt, DenseFormat):
+    if isinstance(fmt, DenseFormat | ZeroFormat):
         return False
     base = block_format(fmt)
     if base.rows != 1 or base.scale not in NATIVE_SCALES:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
 from bitnest.formats.block import BlockFormat
+from bitnest.formats.zero import ZeroFormat
 
 TRANSFORMS = ("had", "rhad", "awq", "perm")
 HADAMARD_BLOCKS = (16, 32, 64, 128)
@@ -152,11 +153,12 @@ class LowRankFormat:
         return total_bytes(self.parts(shape))
 
 
-PackedFormat = BlockFormat | TransformedFormat | LowRankFormat
+CodedFormat = BlockFormat | TransformedFormat | LowRankFormat
+PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
 
 
-def block_format(fmt: PackedFormat) -> BlockFormat:
+def block_format(fmt: CodedFormat) -> BlockFormat:
     """The format at the core of its wrappers."""
     while not isinstance(fmt, BlockFormat):
         fmt = fmt.base

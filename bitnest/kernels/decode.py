@@ -16,7 +16,14 @@ from collections.abc import Mapping
 
 import torch
 
-from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, LowRankFormat, TransformedFormat
+from bitnest.formats import (
+    AnyFormat,
+    BlockFormat,
+    DenseFormat,
+    LowRankFormat,
+    TransformedFormat,
+    ZeroFormat,
+)
 from bitnest.formats.elements import FloatElement, IntElement, TableElement, TernaryElement
 from bitnest.formats.segments import split_parts
 from bitnest.kernels.hadamard import random_signs, unrotate, whole_block
@@ -48,6 +55,8 @@ def decode(
     """The (out, in) weight stored as `fmt.parts(shape)` lays it out."""
     if isinstance(fmt, DenseFormat):
         return tensors["weight"].to(dtype)
+    if isinstance(fmt, ZeroFormat):
+        return torch.zeros(shape, dtype=dtype)
     if isinstance(fmt, BlockFormat):
         return _decode_block(tensors, fmt, shape, dtype)
     weight = decode(tensors, fmt.base, shape)

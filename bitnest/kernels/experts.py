@@ -10,7 +10,7 @@ experts interface defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +50,14 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     watch: Watch | None = None,
+    dropped: Collection[int] = (),
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts' outputs for every token.
 
     module: an experts module of transformers. hidden: (tokens, hidden). top_k_index,
     top_k_weights: (tokens, k); indices beyond the number of experts mean no expert. watch: sees
-    every expert's inputs and outputs.
+    every expert's inputs and outputs. dropped: experts whose down projection is all zeros: not
+    computed where zeros are all that would come out.
     """
     output = torch.zeros_like(hidden)
     flat = top_k_index.flatten()
@@ -64,8 +66,10 @@ def experts_forward(
     gates = top_k_weights.flatten()[order]
     tokens = order // top_k_index.shape[1]
     start = 0
+    plain = not any(getattr(module, name, False) for name in ("has_bias", "has_post_expert_norm"))
     for expert, count in enumerate(counts):
-        if count == 0:
+        if count == 0 or (plain and expert in dropped):
+            start += count
             continue
         chosen, own = tokens[start : start + count], gates[start : start + count]
         x = hidden[chosen]

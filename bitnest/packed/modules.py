@@ -3,7 +3,8 @@
 `PackedWeight` holds one site's stored tensors. `PackedLinear` replaces a linear layer. An experts
 module keeps its class's gating, activation and biases: `pack_experts` takes its 3-D weights away
 and gives it packed ones, decoded one expert at a time. The arithmetic is the plain reference path:
-decode, then a dense product in the input's type.
+decode, then a dense product in the input's type. A head is decoded some rows at a time; embeddings
+are in `embedding`.
 
 Packed tensors are buffers outside the state dict: they are read from the artifact's packed files,
 not by transformers' loader, and `save_pretrained` of a packed model is refused.
@@ -20,10 +21,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bitnest.formats import AnyFormat
+from bitnest.formats import AnyFormat, ZeroFormat
 from bitnest.kernels.decode import decode
 from bitnest.kernels.experts import experts_forward
+from bitnest.kernels.rows import decode_rows, row_decodable
 from bitnest.sites import Site
+
+SLICE = 1 << 24  # weights of a head decoded at once
 
 
 class PackedWeight(nn.Module):
@@ -43,16 +47,19 @@ class PackedWeight(nn.Module):
         for name in parts:
             self.register_buffer(name, None, persistent=False)
         self.parts = tuple(parts)
+        self.place: torch.Tensor | None  # empty; says where a weight without tensors lives
+        self.register_buffer("place", None, persistent=False)
 
     def load(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Take the stored tensors onto `device`."""
         for name in self.parts:
             setattr(self, name, tensors[name].to(device))
+        self.place = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def loaded(self) -> bool:
         """Whether the stored tensors are here."""
-        return getattr(self, self.parts[0]) is not None
+        return self.place is not None
 
     @property
     def nbytes(self) -> int:
@@ -63,15 +70,34 @@ class PackedWeight(nn.Module):
         """The dense (out, in) matrix: made anew at each call, or once if `keep` is set."""
         if self._kept is not None and self._kept.dtype == dtype:
             return self._kept
-        tensors = {name: getattr(self, name) for name in self.parts}
-        dense = decode(tensors, self.fmt, self.shape, dtype)
+        dense = decode(self.tensors, self.fmt, self.shape, dtype).to(self.device)
         if self.keep:
             self._kept = dense
         return dense
 
+    def rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some of its rows (n,) int64, decoded: (n, in)."""
+        return decode_rows(self.tensors, self.fmt, self.shape, rows.to(self.device), dtype)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by name."""
+        return {name: getattr(self, name) for name in self.parts}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        assert self.place is not None, "the packed files have not been read"
+        return self.place.device
+
+    @property
+    def dropped(self) -> bool:
+        """Whether all of it is zero."""
+        return isinstance(self.fmt, ZeroFormat)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Move between devices, but never let `.to(dtype)` change stored scales."""
-        stored = {name: getattr(self, name) for name in self.parts}
+        stored = self.tensors
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
             if tensor is not None and getattr(self, name).dtype != tensor.dtype:
@@ -105,7 +131,7 @@ def _free_bytes(device: torch.device) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def _mark_initialised(item: Any) -> None:
+def mark_initialised(item: Any) -> None:
     """Tell transformers' loader that this module or tensor gets its values from elsewhere."""
     item._is_hf_initialized = True
 
@@ -119,8 +145,8 @@ class PackedLinear(nn.Module):
         self.packed = packed
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
-        _mark_initialised(self)
-        _mark_initialised(packed)
+        mark_initialised(self)
+        mark_initialised(packed)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -131,7 +157,7 @@ class PackedLinear(nn.Module):
         """
         if not self.packed.loaded:
             empty = torch.empty(self.packed.shape, device="meta")
-            _mark_initialised(empty)
+            mark_initialised(empty)
             return empty
         return self.packed.decode(torch.float32)
 
@@ -139,10 +165,26 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.packed.decode(x.dtype), self.bias)
 
 
+class PackedHead(PackedLinear):
+    """A PackedLinear of many rows, decoded SLICE weights at a time where its format allows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = max(1, SLICE // self.in_features)
+        if self.out_features <= step or not row_decodable(self.packed.fmt):
+            return super().forward(x)
+        parts = []
+        for start in range(0, self.out_features, step):
+            rows = torch.arange(start, min(start + step, self.out_features))
+            bias = None if self.bias is None else self.bias[start : start + step]
+            parts.append(F.linear(x, self.packed.rows(rows, x.dtype), bias))
+        return torch.cat(parts, dim=-1)
+
+
 class _PackedExperts:
     """What `pack_experts` mixes into an experts module's class."""
 
     packed_sites: dict[str, list[tuple[Site, PackedWeight]]]
+    packed_dropped: frozenset[int]
 
     def packed_weight(self, expert: int, param: str, dtype: torch.dtype) -> torch.Tensor:
         """One expert's (out, in) matrix of `param`, its parts stacked in row order."""
@@ -163,6 +205,7 @@ class _PackedExperts:
             hidden_states,
             top_k_index,
             top_k_weights,
+            dropped=self.packed_dropped,
         )
 
 
@@ -170,7 +213,8 @@ def pack_linear(parent: nn.Module, leaf: str, fmt: AnyFormat, site: Site) -> Pac
     """Put a PackedLinear, still empty, in the place of `parent`'s linear layer `leaf`."""
     old = getattr(parent, leaf)
     packed = PackedWeight(fmt, site.shape)
-    setattr(parent, leaf, PackedLinear(packed, old.bias))
+    kind = PackedHead if site.kind == "head" else PackedLinear
+    setattr(parent, leaf, kind(packed, old.bias))
     return packed
 
 
@@ -186,7 +230,13 @@ def pack_experts(module: Any, sites: list[tuple[Site, AnyFormat]]) -> list[Packe
         delattr(module, param)
     module.packed = nn.ModuleList(weights)
     module.packed_sites = table
-    _mark_initialised(module)
+    down = {key: parts for key, parts in table.items() if key.startswith("down_proj.")}
+    module.packed_dropped = frozenset(
+        int(key.rpartition(".")[2])
+        for key, parts in down.items()
+        if all(weight.dropped for _, weight in parts)
+    )
+    mark_initialised(module)
     cls = type(module)
     module.__class__ = type(f"Packed{cls.__name__}", (_PackedExperts, cls), {})
     return weights

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitnest.artifact import Artifact, SiteRecord, site_tensors
 from bitnest.errors import ArtifactError
 from bitnest.formats import parse_format
+from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
 
 METHOD = "bitnest"
@@ -61,6 +62,9 @@ class BitnestQuantizer(HfQuantizer):
         for record, weight in self.weights:
             device = _device_of(model, record.site.module)
             weight.load(site_tensors(record, headers), device)
+            if record.site.kind == "embedding":
+                like = model.get_submodule(record.site.module)
+                like.like = torch.empty(0, dtype=like.like.dtype, device=device)
         for name, parameter in model.named_parameters():
             # transformers before 5.20 leaves renamed tensors of quantised models in the disk type
             if parameter.dtype != self.dtypes.get(name, parameter.dtype):
@@ -93,7 +97,10 @@ def _replace_modules(model: Any, artifact: Artifact) -> list[tuple[SiteRecord, P
                 hint="the artifact was made with another version of transformers",
             ) from error
         formats = [parse_format(record.format) for record in records]
-        if records[0].site.param == "weight":
+        if records[0].site.kind == "embedding":
+            packed = [pack_embedding(module, formats[0], records[0].site)]
+            share_with_head(model, name, packed[0])
+        elif records[0].site.param == "weight":
             parent, _, leaf = name.rpartition(".")
             packed = [pack_linear(model.get_submodule(parent), leaf, formats[0], records[0].site)]
         else:

@@ -30,7 +30,7 @@ from bitnest.calibrate.collector import (
     expert_tokens,
     symmetric,
 )
-from bitnest.formats import AnyFormat, DenseFormat, PackedFormat, block_format
+from bitnest.formats import AnyFormat, DenseFormat, PackedFormat, ZeroFormat, block_format
 from bitnest.kernels.experts import down_input, up_name
 from bitnest.quantize.solve import Options, Solution, needs_statistics, solve, weighted_error
 from bitnest.sites import Site
@@ -78,7 +78,7 @@ class BlockSolver:
             fmt = self.formats[site.name]
             if isinstance(fmt, DenseFormat):
                 yield self._dense(site, fmt, None)
-            elif block_format(fmt).scale != "e4m3":
+            elif isinstance(fmt, ZeroFormat) or block_format(fmt).scale != "e4m3":
                 yield from self._finish([site], None, None, fmt)
             else:  # matrices that engines fuse must have one global scale: their parent's
                 parent = site.module.rpartition(".")[0] if site.expert is None else site.path

@@ -2,7 +2,8 @@
 
 For each block: fill it from the checkpoint, send the calibration samples through it while the
 collector watches, solve every site, store the packed weights, send the samples through the
-quantised block, free it. Round-to-nearest needs no samples and skips those passes.
+quantised block, free it. Round-to-nearest needs no samples and skips those passes. Embedding and
+head are one unit more at the end (`ends`), which costs nothing while both stay dense.
 
 Everything that can be refused is refused before the first block: formats, rules, calibration text,
 NaN in the weights, disk space, the output's place. A killed run resumes at the last finished block:
@@ -44,11 +45,12 @@ from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.block import BlockSolver, Solved
+from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
 from bitnest.recipe import Recipe
 from bitnest.safetensors_io import Entry, entry, read_header
-from bitnest.sites import Site, find_sites, is_experts
+from bitnest.sites import Site, find_sites, is_experts, is_tied
 from bitnest.skeleton import Skeleton
 from bitnest.workdir import partial_directory, storage_error
 
@@ -87,8 +89,30 @@ class Job:
         return self.checkpoint.dtype.itemsize
 
     def block_sites(self, layer: int) -> list[Site]:
-        """Sites of one block."""
+        """Sites of one block; those of the ends are the block's after the last."""
         return [site for site in self.sites if site.layer == layer]
+
+    @property
+    def ends(self) -> list[Site]:
+        """Embedding and head, as far as they are sites."""
+        return self.block_sites(len(self.skeleton.blocks))
+
+    @property
+    def units(self) -> int:
+        """Blocks, and one more for the ends."""
+        return len(self.skeleton.blocks) + bool(self.ends)
+
+    @property
+    def packed_ends(self) -> list[Site]:
+        """Ends that do not stay dense."""
+        return [s for s in self.ends if not isinstance(self.formats[s.name], DenseFormat)]
+
+    @property
+    def reads_tail(self) -> bool:
+        """Whether an end is fitted to what the head reads."""
+        packed = self.packed_ends
+        heads = [s for s in packed if s.kind == "head" or is_tied(self.skeleton)]
+        return self.calibration is not None and bool(heads)
 
 
 def prepare(
@@ -142,6 +166,7 @@ def run(
     started = time.monotonic()
     progress = progress or Silent()
     budget = Budget.plan(job.skeleton, job.sites, job.memory)
+    check_ends(job.packed_ends, job.formats, budget)
     progress.phase("checking weights", job.checkpoint.nbytes)
     source_hash = job.checkpoint.scan(progress.step)
     if job.expected is not None and job.expected.source != source_hash:
@@ -160,7 +185,8 @@ def run(
     done = finished_with(out, fingerprint)
     if done is not None:
         return done, time.monotonic() - started
-    writer = Writer(out, fingerprint, len(job.skeleton.blocks))
+    files = job.units if job.packed_ends else len(job.skeleton.blocks)
+    writer = Writer(out, fingerprint, job.units, files)
     _check_space(job, out)
     try:
         finished = writer.begin(fresh=fresh)
@@ -193,6 +219,7 @@ class _Run:
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
             half,
         )  # fmt: skip
+        self.options = options
         self.solver = BlockSolver(job.formats, options, self._parameter)
         self.stream: Stream | None = None
 
@@ -200,11 +227,11 @@ class _Run:
         return self.skeleton.model.get_parameter(site.path).data
 
     def blocks(self, finished: int) -> None:
-        """Do every block from `finished` on; replay the ones before it."""
+        """Do every block from `finished` on, then the ends; replay the blocks before it."""
         count = len(self.skeleton.blocks)
-        if finished == count:
+        if finished == self.job.units:
             return
-        self.progress.phase("compressing", count)
+        self.progress.phase("compressing", self.job.units)
         if self.job.calibration is not None:
             self.stream = Stream(
                 self.skeleton,
@@ -224,10 +251,38 @@ class _Run:
             release()
             self._store(layer, list(self._solve(layer, prefix)))
             release()
-            if self.stream is not None and layer + 1 < count:
+            if self.stream is not None and self._read_after(layer):
                 self._propagate(layer)
             self.skeleton.drop(prefix)
             self.progress.step()
+        if self.job.ends:
+            release()
+            self._store(count, list(self._ends()))
+            self.progress.step()
+
+    def _read_after(self, layer: int) -> bool:
+        """Whether anything reads what block `layer` gives."""
+        return layer + 1 < len(self.skeleton.blocks) or self.job.reads_tail
+
+    def _ends(self) -> Iterator[Solved]:
+        """Solve embedding and head, which are read as they are stored and never filled."""
+        job = self.job
+        seen = None
+        if job.reads_tail:
+            assert self.stream is not None and job.calibration is not None
+            seen = head_moment(self.stream, job.calibration.tokens)
+        for site in job.ends:
+            fmt = job.formats[site.name]
+            if isinstance(fmt, DenseFormat):
+                yield Solved(site, fmt, {}, 0.0, None)
+                continue
+            fits = site.kind == "head" or is_tied(self.skeleton)
+            hessian = seen.mean() if seen is not None and fits else None
+            rows = slice_rows(fmt, site.shape, self.budget.ends)
+            matrix = self.skeleton.read(site.path)
+            tensors, error = end_tensors(matrix, hessian, fmt, self.options, rows)
+            tokens = None if seen is None or hessian is None else seen.tokens
+            yield Solved(site, fmt, tensors, error, tokens)
 
     def _solve(self, layer: int, prefix: str) -> Iterator[Solved]:
         sites = self.job.block_sites(layer)
@@ -270,11 +325,12 @@ class _Run:
     def _replay(self, layer: int, prefix: str) -> None:
         """Send the samples through a block finished earlier, with the weights it was given."""
         assert self.stream is not None
-        if layer + 1 == len(self.skeleton.blocks):
+        if not self._read_after(layer):
             return
         self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
-        records = [r for r in self.writer.block_records(layer) if r.file]
-        headers = read_header(self.writer.work / records[0].file) if records else {}
+        records = [r for r in self.writer.block_records(layer) if r.file or r.format == "zero"]
+        files = sorted({r.file for r in records if r.file})
+        headers = read_header(self.writer.work / files[0]) if files else {}
         for record in records:
             fmt = parse_format(record.format)
             if not isinstance(fmt, DenseFormat):
@@ -301,10 +357,10 @@ def _with_dense_experts(
     solved: Sequence[Solved], parameter: Callable[[Site], torch.Tensor], job: Job
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """Stored tensors of each site. An expert kept dense beside packed ones travels with them."""
-    packed = {item.site.module for item in solved if item.tensors}
+    packed = {item.site.module for item in solved if not isinstance(item.fmt, DenseFormat)}
     for item in solved:
         tensors = item.tensors
-        if not tensors and item.site.module in packed:
+        if isinstance(item.fmt, DenseFormat) and item.site.module in packed:
             values = item.site.view(parameter(item.site))
             tensors = {"weight": values.to(job.checkpoint.dtype).contiguous()}
         yield item, tensors

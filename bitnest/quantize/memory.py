@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitnest.errors import RecipeError
-from bitnest.sites import Site
+from bitnest.sites import ENDS, Site
 from bitnest.skeleton import Skeleton
 
 WORKING_COPIES = 10  # arrays of the size of a matrix or Hessian alive at once while solving
 FLOAT = 4
 WORK = 32 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
+ENDS_WORK = 256 << 20  # bytes for one slice of embedding or head, at most
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class Budget:
 
     hidden: bytes of hidden states in memory, None for all. work: bytes for one chunk of experts.
     hessians: bytes for Hessians that are kept beside hidden states and the work on the largest
-    matrix, None for all.
+    matrix, None for all. ends: bytes for one slice of the embedding or head. spare: bytes
+    for that and its Hessian, beside the matrix as it is stored, None for all.
     """
 
     hidden: int | None
     work: int
     hessians: int | None = None
+    ends: int = ENDS_WORK
+    spare: int | None = None
 
     @classmethod
     def plan(cls, skeleton: Skeleton, sites: Sequence[Site], memory: int | None) -> Budget:
@@ -45,7 +49,8 @@ class Budget:
             return cls(None, WORK)
         block = max(sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks)
         largest = max(p.numel() for b in skeleton.blocks for p in b.parameters())
-        matrix = max(_matrix_bytes(group) for group in _solved_together(sites))
+        within = [site for site in sites if site.kind not in ENDS]
+        matrix = max(_matrix_bytes(group) for group in _solved_together(within))
         fixed = resident_bytes() + block + 2 * largest * skeleton.checkpoint.dtype.itemsize
         rest = memory - fixed
         if rest < matrix:
@@ -55,7 +60,17 @@ class Budget:
                 f"matrix need {_size(fixed + matrix)}",
                 hint=f"--memory {enough:.1f}GiB or more",
             )
-        return cls(rest // 8, min(WORK, rest // 2), rest - rest // 4 - matrix)
+        ends = [site for site in sites if site.kind in ENDS]
+        held = max((site.numel for site in ends), default=0) * skeleton.checkpoint.dtype.itemsize
+        spare = max(memory - resident_bytes() - 2 * held - rest // 8, 0)
+        square = WORKING_COPIES * FLOAT * max((site.shape[1] ** 2 for site in ends), default=0)
+        return cls(
+            rest // 8,
+            min(WORK, rest // 2),
+            rest - rest // 4 - matrix,
+            min(ENDS_WORK, max(spare - square, 0)),
+            spare,
+        )
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
         """How many experts of a layer are solved at once."""

@@ -31,6 +31,7 @@ from bitnest.errors import UnsupportedModel
 from bitnest.formats import AnyFormat, DenseFormat
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
 from bitnest.safetensors_io import DTYPES, header_text
+from bitnest.sites import Site
 
 LONGEST_ERROR = 1.23457e-05
 SHA = "0" * 64
@@ -91,21 +92,21 @@ def artifact_sizes(job: Job, formats: Mapping[str, AnyFormat], context: int = 0)
 
 def _packed(job: Job) -> tuple[int, int, dict[str, Any], list[SiteRecord]]:
     """Bytes of packed tensors and of headers, the files, and the records."""
-    kept = {s.module for s in job.sites if not isinstance(job.formats[s.name], DenseFormat)}
+    kept = {s.module for s in job.sites if _stored(job.formats[s.name], s)}
     half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
     total, headers, files, records = 0, 0, {}, []
-    units = max(site.layer for site in job.sites) + 1
+    files_in_all = job.units if job.packed_ends else len(job.skeleton.blocks)
     tokens = None if job.calibration is None else job.calibration.tokens.numel()
-    for layer in range(units):
+    for layer in range(job.units):
         tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        name = packed_file_name(layer, units)
+        name = packed_file_name(layer, files_in_all)
         for site in job.block_sites(layer):
             fmt = job.formats[site.name]
             parts = {} if site.module not in kept else fmt.parts(site.shape)
             for part, spec in parts.items():
                 dtype = half if spec.dtype == "HALF" else DTYPES[spec.dtype]
                 tensors.append((f"{site.name}.{part}", dtype, spec.shape))
-            file = name if site.module in kept else ""
+            file = name if parts else ""
             error = 0.0 if isinstance(fmt, DenseFormat) else LONGEST_ERROR
             records.append(SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file))
         if tensors:
@@ -113,6 +114,11 @@ def _packed(job: Job) -> tuple[int, int, dict[str, Any], list[SiteRecord]]:
             total, headers = total + data, headers + size - data
             files[name] = {"bytes": size, "sha256": SHA}
     return total, headers, files, records
+
+
+def _stored(fmt: AnyFormat, site: Site) -> bool:
+    """Whether a site has codes in a packed file."""
+    return not isinstance(fmt, DenseFormat) and bool(fmt.parts(site.shape))
 
 
 def _file_size(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Quantising a batch of matrices in any format: codecs inside, wrappers around them.
 
     @had, @rhad          solve W R against R^T H R, then W_hat = solution R^T
+    zero                 nothing to choose: the error is tr(W H W^T)
     @awq                 solve W diag(s) against diag(1/s) H diag(1/s)
     @perm                solve W[:, order] against H[order, order]; order descends by diag(H)
     +lorc, +lqer, +hlr   solve, then fit B A to the error that is left (`lowrank`)
@@ -16,7 +17,13 @@ from typing import Protocol
 
 import torch
 
-from bitnest.formats import BlockFormat, LowRankFormat, PackedFormat, TransformedFormat
+from bitnest.formats import (
+    BlockFormat,
+    LowRankFormat,
+    PackedFormat,
+    TransformedFormat,
+    ZeroFormat,
+)
 from bitnest.kernels import encode
 from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
 from bitnest.kernels.hadamard import random_signs, rotate, whole_block
@@ -85,6 +92,18 @@ class Nearest:
 
 
 @dataclass
+class Dropped:
+    """Matrices of zeros, of which nothing is stored."""
+
+    weight: torch.Tensor
+    error: torch.Tensor
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """No tensors."""
+        return {}
+
+
+@dataclass
 class Wrapped:
     """A solution with what its wrapper adds: tensors of matrix b, the same for all its rows."""
 
@@ -106,6 +125,8 @@ def solve(
     Without H, or with method rtn, weights are rounded to nearest; the error without H is the plain
     squared difference.
     """
+    if isinstance(fmt, ZeroFormat):
+        return Dropped(torch.zeros_like(weight), weighted_error(weight, hessian))
     if isinstance(fmt, BlockFormat):
         return _solve_block(weight, hessian, fmt, options)
     if isinstance(fmt, LowRankFormat):
@@ -120,7 +141,7 @@ def solve(
 
 def needs_statistics(fmt: PackedFormat) -> bool:
     """Whether the format cannot be chosen without inputs: even round-to-nearest needs H then."""
-    if isinstance(fmt, BlockFormat):
+    if isinstance(fmt, BlockFormat | ZeroFormat):
         return False
     return fmt.kind in {"awq", "perm", "lqer", "hlr"} or needs_statistics(fmt.base)
 

@@ -1,7 +1,8 @@
 """Statistics: what calibration measured, on disk, reopened by every later command.
 
     statistics.json          the header: source, data, options, sites, layers, probes, checksums
-    block-00001.safetensors  per decoder block, sums with the dataset label as an axis
+    block-00001.safetensors  per decoder block, sums with the dataset label as an axis; the last one
+                             is of embedding and head, without experts
 
     inputs.<i>.<moment>          of the i-th input of the block, (L, ...)
     inputs.<i>.hessian, weight   (L, I, I) sums of x x^T over (L,) tokens, if they were kept
@@ -14,6 +15,7 @@
     sites.error (S, F), sites.loss (S, F, L), sites.output (S,)        sensitivity of S sites
     sites.peaks (S, 3), sites.energy (S,)                               of their weights
     columns.<site>               (I,) norms of the weight's columns
+    lookups                      (L, V) how often each token occurs, of the ends only
 
 Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
 machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
@@ -46,7 +48,7 @@ import torch
 
 from bitnest.errors import CheckpointError, StatisticsError
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
-from bitnest.sites import Site
+from bitnest.sites import ENDS, Site
 from bitnest.statistics.header import AGAIN, HEADER, VERSION, open_header
 from bitnest.workdir import (
     Workdir,
@@ -126,8 +128,13 @@ class Statistics:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Per block: inputs, experts, sites."""
+        """Per block, then of the ends if those are sites: inputs, experts, sites."""
         return list(self.header["layers"])
+
+    @property
+    def blocks(self) -> int:
+        """How many of the layers are decoder blocks."""
+        return sum(not is_ends(layer) for layer in self.layers)
 
     def read(self, layer: int, name: str) -> torch.Tensor:
         """One tensor of one block.
@@ -175,6 +182,8 @@ class Statistics:
         }
         for i in range(len(layer["inputs"])):
             shapes[f"inputs.{i}.tokens"] = (labels,)
+        if is_ends(layer):
+            shapes["lookups"] = (labels, layer["sites"][0]["shape"][0])
         for i, item in enumerate(layer["experts"]):
             shapes[f"experts.{i}.up.tokens"] = (labels, item["experts"])
             shapes[f"experts.{i}.trace"] = (self.header["tokens"], item["top_k"])
@@ -237,6 +246,11 @@ def finished_statistics(out: Path, fingerprint: Mapping[str, Any]) -> Statistics
             shutil.rmtree(partial_directory(out), ignore_errors=True)  # killed right after renaming
             return found
     raise in_the_way(out)
+
+
+def is_ends(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer of the header is that of embedding and head."""
+    return bool(layer["sites"]) and all(site["kind"] in ENDS for site in layer["sites"])
 
 
 def is_statistics(path: Path) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from bitnest.errors import ArtifactError
 from bitnest.html import Markup, tag
-from bitnest.html.scales import finite
+from bitnest.html.scales import finite, short
+from bitnest.kinds import ENDS
 
 Analysis = Mapping[str, Any]
 T = TypeVar("T")
@@ -48,6 +49,21 @@ def check(analysis: Analysis) -> None:
 def missing(text: str) -> Markup:
     """The sentence that stands where a section has nothing to show."""
     return tag("p", text, class_="missing")
+
+
+def place(entry: Mapping[str, Any]) -> int | str:
+    """Where an entry with `layer` and `kind` belongs: its layer's number, or the ends."""
+    return "ends" if entry["kind"] in ENDS else int(entry["layer"])
+
+
+def place_name(value: int | str) -> str:
+    """What `place` gave, in a table."""
+    return value if isinstance(value, str) else short(value)
+
+
+def in_blocks(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that belong to a layer."""
+    return [entry for entry in entries if entry["kind"] not in ENDS]
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

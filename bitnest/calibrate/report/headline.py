@@ -16,6 +16,7 @@ from bitnest.calibrate.report.common import (
     Analysis,
     asked,
     by,
+    in_blocks,
     listed,
     mean,
     over_labels,
@@ -175,8 +176,11 @@ def _sensitive(analysis: Analysis) -> Said:
     size = {k: sum(e["parameters"] for e in es) for k, es in kinds.items()}
     kind = max(kinds, key=lambda k: loss[k] / size[k])
     depths = {
-        n: sum(e["loss"][f] for e in es) for n, es in by(entries, lambda e: e["layer"]).items()
+        n: sum(e["loss"][f] for e in es)
+        for n, es in by(in_blocks(entries), lambda e: e["layer"]).items()
     }
+    if not depths:
+        return None, ""
     layer = max(depths, key=lambda n: depths[n])
     name = found["formats"][f]["name"]
     weight = size[kind] / sum(size.values())

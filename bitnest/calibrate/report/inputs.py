@@ -6,7 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitnest.calibrate.report.common import Analysis, by, mean, median, missing, some_of
+from bitnest.calibrate.report.common import (
+    Analysis,
+    by,
+    in_blocks,
+    mean,
+    median,
+    missing,
+    place,
+    place_name,
+    some_of,
+)
 from bitnest.html import (
     Axis,
     Column,
@@ -42,13 +52,13 @@ def inputs_section(analysis: Analysis) -> Section:
     if not inputs:
         return Section(name, title, (missing("No inputs of sites were collected."),))
     rows = [
-        (i["layer"], i["role"], o["channel"], o["absmax"], o["rms"], o["ratio"], o["rank_share"])
+        (place(i), i["role"], o["channel"], o["absmax"], o["rms"], o["ratio"], o["rank_share"])
         for i in inputs for o in i["outliers"]
     ]  # fmt: skip
     rows.sort(key=lambda row: -(row[5] or 0))
     columns = [
-        Column("layer", short), Column("read by"), Column("channel", str), Column("largest", short),
-        Column("rms", short), Column("of median", _times, bar=True,
+        Column("layer", place_name), Column("read by"), Column("channel", str),
+        Column("largest", short), Column("rms", short), Column("of median", _times, bar=True,
                                      help="the channel's rms over the median channel's"),
         Column("tokens", percent, help="tokens in which it is among the largest 1 % of channels"),
     ]  # fmt: skip
@@ -91,7 +101,7 @@ def _strips(inputs: list[Input]) -> Markup:
     peak = max((v for row in rows for v in row if v is not None), default=1.0)
     marks = [math.log10(m) for m in (10, 100, 1000, 3, 30, 300) if math.log10(m) < peak]
     scale = Heat(max(peak, 0.3), power=0.8, text=lambda v: f"{10**v:.3g}{TIMES}", marks=marks)
-    names = [f"{inputs[i]['layer']} · {_clipped(inputs[i]['role'])}" for i in chosen]
+    names = [f"{place(inputs[i])} · {_clipped(inputs[i]['role'])}" for i in chosen]
     ticks = [percent(j / longest, 0) if (10 * j) % longest < 10 else "" for j in range(longest)]
     drawing = heat(rows, scale, "Largest value of every channel per input", x_name="channel",
                    y_name="", row_names=names, column_names=ticks, width=FULL, tall=14,
@@ -115,7 +125,7 @@ def _clipped(text: str, most: int = 26) -> str:
 
 def _largest(inputs: list[Input]) -> Markup:
     """The largest value per layer, a line for each role; share of values over six."""
-    roles = by(inputs, lambda i: i["role"])
+    roles = by(in_blocks(inputs), lambda i: i["role"])
     shown = sorted(roles, key=lambda r: -max(max(i["absmax"], default=0) for i in roles[r]))[:ROLES]
     lines, shares = [], []
     for n, role in enumerate(shown):
@@ -193,8 +203,8 @@ def _wins_below(limits: Sequence[Mapping[str, Any]], block: int) -> str:
 
 
 def _crest_chart(crest: Mapping[str, Any], key: str, what: str, block: int) -> Markup:
-    kinds = sorted({e["kind"] for part in ("weights", "inputs") for e in crest[part]})
-    groups = by(crest[key], lambda e: e["kind"])
+    kinds = sorted({e["kind"] for part in ("weights", "inputs") for e in in_blocks(crest[part])})
+    groups = by(in_blocks(crest[key]), lambda e: e["kind"])
     series = []
     for n, kind in enumerate(kinds[:8]):
         per_layer = by(groups.get(kind, []), lambda e: e["layer"])

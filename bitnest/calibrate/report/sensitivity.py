@@ -10,8 +10,10 @@ from typing import Any
 from bitnest.calibrate.report.common import (
     Analysis,
     by,
+    in_blocks,
     median,
     missing,
+    place,
     plural,
     spearman,
     spread,
@@ -85,7 +87,7 @@ def _over_bits(found: Sensitivity) -> list[Markup]:
     for kind, entries in list(by(found["by_layer"], lambda e: e["kind"]).items())[:KINDS]:
         chosen = spread(sorted(entries, key=lambda e: e["layer"]), LINES)
         series = [
-            Series(f"layer {e['layer']}", best_per_width(found["formats"], e["loss"]),
+            Series(_line_name(e), best_per_width(found["formats"], e["loss"]),
                    ordered(i, len(chosen)), thin=len(chosen) > 8, dots=len(chosen) <= 8, radius=2.4)
             for i, e in enumerate(chosen)
         ]  # fmt: skip
@@ -99,10 +101,15 @@ def _over_bits(found: Sensitivity) -> list[Markup]:
     return figures
 
 
+def _line_name(entry: Mapping[str, Any]) -> str:
+    where = place(entry)
+    return where if isinstance(where, str) else f"layer {where}"
+
+
 def _per_layer(found: Sensitivity) -> Markup:
     """Cost per million parameters at one width, a line for each kind."""
     f = reference_format(found["formats"])
-    groups = list(by(found["by_layer"], lambda e: e["kind"]).items())[:8]
+    groups = list(by(in_blocks(found["by_layer"]), lambda e: e["kind"]).items())[:8]
     series = [
         Series(kind, sorted((e["layer"], _per_million(e, f)) for e in entries), f"c{n}",
                dots=len(entries) <= 60, radius=2.8)
@@ -124,7 +131,7 @@ def _sites(found: Sensitivity) -> Markup:
     order = sorted(range(len(found["formats"])), key=lambda i: found["formats"][i]["bits"])
     chosen, f = spread(order, TABLE_FORMATS), reference_format(found["formats"])
     chosen = sorted({*chosen, f}, key=order.index)
-    prefix = common_prefix([s["name"] for s in found["sites"]])
+    prefix = common_prefix([s["name"] for s in in_blocks(found["sites"])])
     columns = [
         Column(f"site ({prefix}…)" if prefix else "site"), Column("kind"),
         Column("parameters", short), Column("Fisher", short),

@@ -43,7 +43,7 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
         "architecture": header["architecture"],
         "parameters": header["source"]["parameters"],
         "bytes": header["source"]["bytes"],
-        "blocks": len(statistics.layers),
+        "blocks": statistics.blocks,
         "labels": labels,
         "length": header["length"],
         "lengths": sorted({sample["length"] for sample in header["samples"]}),

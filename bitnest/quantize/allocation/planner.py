@@ -23,6 +23,7 @@ import numpy as np
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu
@@ -36,7 +37,6 @@ from bitnest.targets import Target
 SOLVES = 8  # of a size, until it fits
 RESERVE = 1400  # bytes of manifest for the plan's summary and the prediction
 UNKNOWN = 1600  # bytes more for calibration, if it is not known yet
-ENDS = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def check_sites(job: Job, predictor: Predictor) -> None:
     known = {site.name: site for site in predictor.sites}
     for site in job.sites:
         other = known.get(site.name)
-        if site.kind in {"router", *ENDS} and other is None:
+        if site.kind in UNNAMED_DENSE and other is None:
             continue
         if other is None or other.shape != site.shape:
             raise StatisticsError(

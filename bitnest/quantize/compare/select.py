@@ -17,7 +17,7 @@ from bitnest.formats.catalogue import UNIFORM
 from bitnest.formats.elements import FloatElement, IntElement
 from bitnest.patterns import matcher
 from bitnest.quantize.solve import needs_statistics
-from bitnest.sites import Site
+from bitnest.sites import ENDS, UNNAMED_DENSE, Site
 
 GOLDEN = (5**0.5 - 1) / 2
 TOKEN_SCALES = frozenset({"half", "e8m0", "m1", "e4m3"})  # that a token needs no other's for
@@ -58,8 +58,8 @@ def on_the_fly(fmt: PackedFormat) -> bool:
 def choose_sites(sites: Sequence[Site], pattern: str | None, per_kind: int) -> list[Site]:
     """At most `per_kind` sites of each kind, one of each projection at least, in the model's order.
 
-    pattern: as in a recipe's rules; without one routers stay out. A kind's projections (q, k, up,
-    down ...) are sampled alike; see `_spread`.
+    pattern: as in a recipe's rules; without one routers stay out; the ends always do. A kind's
+    projections (q, k, up, down ...) are sampled alike; see `_spread`.
 
     Raises:
         RecipeError: no site matches.
@@ -86,10 +86,10 @@ def matching(sites: Sequence[Site], pattern: str | None) -> list[Site]:
         RecipeError: none.
     """
     if pattern is None:
-        found = [site for site in sites if site.kind != "router"]
+        found = [site for site in sites if site.kind not in UNNAMED_DENSE]
     else:
         matches = matcher(pattern)
-        found = [site for site in sites if matches(site)]
+        found = [site for site in sites if site.kind not in ENDS and matches(site)]
     if not found:
         raise RecipeError(
             f"no site matches '{pattern or '*'}'",

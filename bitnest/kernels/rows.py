@@ -1,0 +1,112 @@
+"""Decoding some rows of a stored weight: what a lookup needs, and how a large head is decoded.
+
+Only the rows asked for are gathered from the stored tensors:
+
+    codes, segments, tables per row    row o
+    scales, zero points                row p = floor(o / r) of R, r rows a block
+    dq's super-scales                  row floor(p / 64); of m2 and dual row p
+    left of a residual                 row o; right, channels, order and global whole
+
+What is gathered is decoded as any weight is (`kernels/decode.py`), with the scales as float32 and
+a scale for every row: block formats give the same numbers bit for bit.
+
+Left out: entropy-coded ternary codes, whose rows are parsed and not addressed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, LowRankFormat, ZeroFormat
+from bitnest.formats.block import DQ_ROWS
+from bitnest.formats.elements import TernaryElement
+from bitnest.formats.wrappers import block_format
+from bitnest.kernels.decode import Tensors, decode, low_rank, undo_transform
+from bitnest.kernels.packing import pack_bits
+from bitnest.kernels.scales import unpack_scales
+
+WORD = 0xFFFFFFFF
+
+
+def row_decodable(fmt: AnyFormat) -> bool:
+    """Whether `decode_rows` takes the format."""
+    if isinstance(fmt, DenseFormat | ZeroFormat):
+        return True
+    element = block_format(fmt).element
+    return not (isinstance(element, TernaryElement) and element.coded)
+
+
+def decode_rows(
+    tensors: Tensors,
+    fmt: AnyFormat,
+    shape: tuple[int, int],
+    rows: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows (n,) int64 of the (out, in) weight stored as `fmt.parts(shape)` lays it out: (n, in)."""
+    if isinstance(fmt, ZeroFormat):
+        return torch.zeros(len(rows), shape[1], dtype=dtype, device=rows.device)
+    if isinstance(fmt, DenseFormat):
+        return tensors["weight"][rows].to(dtype)
+    if isinstance(fmt, BlockFormat):
+        own, plain = _gathered(tensors, fmt, shape, rows)
+        return decode(own, plain, (len(rows), shape[1]), dtype)
+    weight = decode_rows(tensors, fmt.base, shape, rows)
+    if isinstance(fmt, LowRankFormat):
+        return weight.add_(low_rank({**tensors, "left": tensors["left"][rows]})).to(dtype)
+    return undo_transform(weight, fmt, tensors).to(dtype)
+
+
+def decode_into(
+    out: torch.Tensor, tensors: Tensors, fmt: AnyFormat, step: int = 1 << 24
+) -> torch.Tensor:
+    """Fill `out` (O, I), of any float type and on the tensors' device, about `step` weights at a
+    time where rows can be decoded."""
+    if not row_decodable(fmt):
+        return out.copy_(decode(tensors, fmt, (out.shape[0], out.shape[1])))
+    count = max(1, step // out.shape[1])
+    for start in range(0, out.shape[0], count):
+        part = out[start : start + count]
+        rows = torch.arange(start, start + len(part), device=out.device)
+        part.copy_(decode_rows(tensors, fmt, (out.shape[0], out.shape[1]), rows))
+    return out
+
+
+def _gathered(
+    tensors: Tensors, fmt: BlockFormat, shape: tuple[int, int], rows: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], BlockFormat]:
+    """Parts of the rows alone, and the format they are in: float32 scales, one for each row."""
+    own = {name: tensors[name][rows] for name in fmt.element.code_parts(*shape)}
+    if "table" in tensors:
+        own["table"] = tensors["table"][rows] if fmt.group is None else tensors["table"]
+    if "scales" not in tensors:
+        return own, fmt
+    place = rows if fmt.rows == 1 else rows // fmt.rows if fmt.rows else torch.zeros_like(rows)
+    own["scales"] = _scales(tensors, fmt, fmt.groups(shape[1]), place)
+    if "zeros" in tensors:
+        bits = int(fmt.bits)
+        own["zeros"] = pack_bits(_zeros(tensors["zeros"], bits, place).T, bits).T
+    return own, replace(fmt, scale="half", rows=1, rule="", alias="")
+
+
+def _scales(tensors: Tensors, fmt: BlockFormat, groups: int, place: torch.Tensor) -> torch.Tensor:
+    """Scales (n, G) float32 of the rows `place` of scales."""
+    stored = tensors["scales"][place]
+    if fmt.scale == "dq":
+        return stored.float() * tensors["super"][place // DQ_ROWS].float()
+    own = {**tensors, "scales": stored}
+    if fmt.scale in {"m2", "dual"}:
+        own["super"] = tensors["super"][place]
+    return unpack_scales(own, fmt, groups)
+
+
+def _zeros(words: torch.Tensor, bits: int, place: torch.Tensor) -> torch.Tensor:
+    """Zero points (n, G) of the rows `place`, from words (ceil(R bits / 32), G) along the rows."""
+    start = place * bits
+    word, shift = start // 32, start % 32
+    low = words[word].long() & WORD
+    high = words[(word + 1).clamp_max(len(words) - 1)].long() & WORD
+    both = (low | (high << 32)) >> shift[:, None]
+    return both & ((1 << bits) - 1)
