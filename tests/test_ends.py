@@ -209,7 +209,7 @@ def test_dense_ends_change_no_byte_but_their_records(make: Any) -> None:
     plain = make("mixtral")
     names = sorted(f.name for f in plain.glob("packed-*"))
     assert names == [f"packed-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    records = json.loads((plain / "bitnest.json").read_text())["sites"][-2:]
+    records = [r.to_json() for r in Artifact.open(plain).records][-2:]
     assert [(r["kind"], r["format"], r["layer"], r["file"]) for r in records] == [
         ("embedding", "dense", 2, ""), ("head", "dense", 2, ""),
     ]  # fmt: skip

@@ -143,6 +143,11 @@ def gated(experts: Any, up: torch.Tensor) -> torch.Tensor:
     return inner
 
 
+def token_counts() -> torch.Tensor:
+    """Tokens per label, those that predict nothing too."""
+    return torch.tensor([LABELS.count(d) * brute.text().shape[1] for d in range(3)]).double()
+
+
 @pytest.mark.parametrize("kind", ["loss", "kl"])
 @pytest.mark.parametrize("family", MODELS)
 def test_streamed_fisher_is_that_of_autograd_through_the_whole_model(
@@ -154,7 +159,11 @@ def test_streamed_fisher_is_that_of_autograd_through_the_whole_model(
     model = skeleton(path).model
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outside = {skeleton(path).path_of(module) for module in ends}
-    assert set(found.rows) == set(expected) | outside
+    met = {name for name in found.rows if name.endswith(".tokens")}
+    assert set(found.rows) - met == set(expected) | outside
+    for name in met:  # every token has its k experts, and the last of a window predicts nothing
+        share = found.rows[name].sum(1) * found.predictions / token_counts()
+        assert share.allclose(share.round()) and share[0] >= 1
     for name in expected:
         rows = found.rows[name]
         assert rows.dtype == torch.float64 and rows.any()
@@ -228,6 +237,45 @@ def test_every_site_finds_its_own_rows(root: Path) -> None:
         rows = sites[site.name]
         assert rows is not None and rows.shape == (len(NAMES), site.shape[0])
     assert Fisher({}, found.predictions).of(find_sites(skeleton(path))[0]) is None
+
+
+def made_up_use() -> tuple[Fisher, torch.Tensor, torch.Tensor]:
+    """Two labels, three experts of four rows: 100 predictions in the gradients' windows, 200 and
+    400 tokens in all, two experts each; the last expert was met by no gradient."""
+    squares = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    squares[:, 2] = 0
+    met = torch.tensor([[50, 150, 0], [120, 80, 0]], dtype=torch.float64)
+    fisher = Fisher(
+        {"e.down_proj": squares / 100, "e.tokens": met / 100}, torch.tensor([100, 100])
+    )
+    return fisher, torch.tensor([[100, 290, 10], [500, 296, 4]]), torch.tensor([200, 400])
+
+
+def test_use_is_counted_on_all_windows() -> None:
+    fisher, tokens, seen = made_up_use()
+    found = fisher.experience("e.down_proj", tokens, seen, 1e-9)
+    assert found is not None
+    factor, extra = found
+    assert factor[0, 0].item() == pytest.approx((100 / 200) / (50 / 100))
+    assert factor[1, 0].item() == pytest.approx((500 / 400) / (120 / 100))
+    assert extra[:, :2].max() < 1e-9
+    # one that no gradient met is as sensitive per token as the layer's tokens are
+    mean = (100 * fisher.rows["e.down_proj"][0]).sum(0).mean() / 200
+    assert extra[0, 2].item() == pytest.approx(float(mean * 10 / 200), rel=1e-6)
+
+
+def test_every_expert_is_taken_to_have_had_some_tokens_more() -> None:
+    fisher, tokens, seen = made_up_use()
+    tokens[:, 2] = 0
+    seen = tokens.sum(1) / 2
+    found = fisher.experience("e.down_proj", tokens, seen, 3.0)
+    assert found is not None
+    factor, extra = found
+    use = (0 + 3) / (float(seen[0]) + 3 * 3 / 2)
+    mean = (100 * fisher.rows["e.down_proj"][0]).sum(0).mean() / 200
+    assert extra[0, 2].item() == pytest.approx(use * float(mean))
+    assert factor[0, 0].item() == pytest.approx((103 / (float(seen[0]) + 4.5)) * 100 / 53)
+    assert fisher.experience("nothing", tokens, seen, 3.0) is None
 
 
 # The two draws of v.

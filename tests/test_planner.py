@@ -181,8 +181,9 @@ def test_policies_fill_every_budget_on_a_dense_model(
 
 def test_rules_by_hand_are_kept_by_every_plan(moe: Path, found: Statistics) -> None:
     rules = ("kind:attention=int8-g32", "*.1.mlp.*=dense")
-    planned = planner(moe, found, rules=rules).plan(Budget(bits=12.0))
-    formats = planned.plan.formats([s for item in planned.menu.items for s in item])
+    plans = planner(moe, found, rules=rules)
+    planned = plans.plan(Budget(bits=12.0))
+    formats = planned.plan.formats(plans.job.sites)
     for item in planned.menu.items:
         for site in item:
             if site.kind == "attention":
@@ -321,7 +322,7 @@ def test_a_limit_is_met_by_measurement_with_little_to_spare(
         moe, tmp_path / "a", statistics=found.path, data=[f"text={text}"], **SMALL, **limit
     )
     assert done.measured is not None and 1 <= done.rounds <= 6
-    report = api.evaluate([done.path], against=moe, data=[f"text={text}"], window=128)
+    report = api.evaluate([done.path], against=moe, data=[f"text={text}"], window=128, windows=32)
     divergence = report.rows[1].scores[0].kl
     assert divergence is not None
     if "max_kl" in limit:

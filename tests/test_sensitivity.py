@@ -75,15 +75,20 @@ def made_up_fisher(site: Site) -> torch.Tensor:
 
 
 class MadeUp:
-    """A Fisher of given rows; per_token: of every experts' parameter (L,), None for no prior."""
+    """A Fisher of given rows; per_token: what is added for
+    every expert (L,), None for nothing."""
 
     def __init__(
         self, of: Callable[[Site], torch.Tensor | None], per_token: torch.Tensor | None = None
     ) -> None:
         self.of, self._per_token = of, per_token
 
-    def per_token(self, _path: str, _top_k: int) -> torch.Tensor | None:
-        return self._per_token
+    def experience(
+        self, _path: str, tokens: torch.Tensor, _seen: torch.Tensor, _prior: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._per_token is None:
+            return None
+        return torch.ones(tokens.shape), self._per_token[:, None].expand(tokens.shape)
 
 
 def run(
@@ -247,7 +252,7 @@ def test_a_starved_expert_leans_on_its_layer_for_fitting_but_not_for_its_loss(
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_every_expert_loses_what_one_more_token_would(full: bool, root: Path) -> None:
+def test_every_expert_loses_what_it_is_taken_to_have_seen(full: bool, root: Path) -> None:
     path, prior = brute.checkpoint(root, "qwen3_moe"), torch.tensor([0.5, 2.0, 0.0])
     without, with_ = (run(path, PLAIN, full=full, prior=p) for p in (None, prior))
     for site in with_.sites:

@@ -171,6 +171,8 @@ def open_planner(
     from bitnest.export.plan_targets import open_target
     from bitnest.quantize.allocation.planner import Planner, check_budget
     from bitnest.quantize.compress import prepare
+    from bitnest.quantize.ends import check_ends
+    from bitnest.quantize.memory import Budget as Memory
 
     if job is None:
         recipe = Recipe(format="dense", rules=tuple(Rule.parse(rule) for rule in rules))
@@ -183,8 +185,13 @@ def open_planner(
         check_budget(
             job, goal, _measured(model, statistics) or wanted or goal.formats, budget, ends
         )
+    check_ends(
+        job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
+    )
+    ruled = dict.fromkeys(rule.format for rule in job.recipe.rules if rule.format != "dense")
+    named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     found = ensure_statistics(
-        model, statistics, formats=wanted or goal.formats, progress=progress,
+        model, statistics, formats=named, progress=progress,
         trust_remote_code=trust_remote_code, **analysis,
     )  # fmt: skip
     return Planner(

@@ -54,7 +54,8 @@ IMPORTANCE = ("kl", "loss")
 class Fisher:
     """rows: module path -> (labels, O) of a linear layer, parameter path -> (labels, E, O) of
     experts; f_r as above, float64; of the head (labels, V), of the embedding (labels, hidden), the
-    latter per channel of its rows. predictions: N per label, (labels,)."""
+    latter per channel of its rows; experts module path + `.tokens` -> (labels, E), tokens that
+    reached each expert per prediction. predictions: N per label, (labels,)."""
 
     rows: dict[str, torch.Tensor]
     predictions: torch.Tensor
@@ -68,13 +69,39 @@ class Fisher:
             rows = rows[:, site.expert or 0]
         return rows if site.rows is None else rows[:, site.rows[0] : site.rows[1]]
 
-    def per_token(self, path: str, top_k: int) -> torch.Tensor | None:
-        """Of experts' parameter `path`: what f of one row would be if one token came, averaged over
-        the layer's tokens and rows, (L,)."""
-        rows = self.rows.get(path)
+    def experience(
+        self, path: str, tokens: torch.Tensor, seen: torch.Tensor, prior: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What f of experts' parameter `path` becomes with all that is known of their use.
+
+        tokens: that reached each expert in all windows, (L, E). seen: tokens of these windows (L,).
+        prior: tokens that every expert is taken to have had on top, each as sensitive as the
+        layer's are on average. Gives (L, E) factors of f, and (L, E) what is to be added per row,
+        times what the solver's H says. With S the squared gradients of n tokens, s their mean over
+        the layer's tokens and rows, and r = (tokens + prior) / (seen + E prior / k),
+
+            f = r (S + prior s) / (n + prior)
+        """
+        rows, name = self.rows.get(path), path.rpartition(".")[0]
         if rows is None or rows.dim() != 3:
             return None
-        return rows.sum(1).mean(1) / (top_k * self.predictions.clamp_min(1))
+        count = self.predictions.clamp_min(1).double()[:, None]
+        tokens = tokens.double()
+        total = seen.double().clamp_min(1)[:, None]
+        rate = tokens / total
+        met = self.rows[f"{name}.tokens"].double() if f"{name}.tokens" in self.rows else rate
+        met = met.to(tokens.device) * count
+        top_k = (tokens.sum(1, keepdim=True) / total).clamp_min(1e-9)
+        use = (tokens + prior) / (total + tokens.shape[1] * prior / top_k)
+        mean = (
+            rows.to(tokens.device).sum(1).mean(1)[:, None]
+            * count
+            / met.sum(1, keepdim=True).clamp_min(1)
+        )
+        known = (count > 1) & (met.sum(1, keepdim=True) > 0)
+        factor = torch.where(known, use * count / (met + prior), torch.ones_like(use))
+        extra = torch.where(known, use * prior * mean / (met + prior), torch.zeros_like(use))
+        return factor, extra
 
 
 def measure_fisher(
@@ -239,6 +266,9 @@ class _Watcher:
 
     def _expert(self, name: str, module: nn.Module, seen: ExpertPass) -> None:
         experts = int(module.num_experts)  # type: ignore[arg-type]
+        shape = (self.count, experts)
+        tokens = self.rows.setdefault(f"{name}.tokens", torch.zeros(shape, dtype=torch.float64))
+        tokens[self.label, seen.expert] += len(seen.y)
         for param, tensor in ((up_name(module), seen.up), ("down_proj", seen.y)):
             hook = partial(self._add, f"{name}.{param}", seen.expert, experts)
             tensor.register_hook(hook)

@@ -9,14 +9,18 @@ dW is what compress would leave: GPTQ or round-to-nearest with the same solver, 
 the uncompressed model. An expert's H leans on its layer's inputs where tokens are few, as in
 `quantize/block.py`; what the loss is measured with does not.
 
-A Fisher sample that never reached an expert says nothing of it, yet in use it may be reached. So
-every expert's loss has that of PRIOR_TOKENS more tokens added [ours], which mind an error as much
-as the layer's tokens do on average and read what the solver's H says:
+An expert's f is its sensitivity per token times how often it is used. Gradients are taken on
+fewer windows than use is counted on, and an expert seen by three tokens, or by none, is not known
+by them. So use is counted over all windows, and every expert is taken to have had PRIOR_TOKENS more
+tokens in both [ours], which mind an error as much as the layer's tokens do on average and read what
+the solver's H says. With n_f tokens and squared gradients S_r in the gradients' windows, n of N
+tokens in all, s their mean over the layer's tokens and rows, and m = PRIOR_TOKENS,
 
-    + 1/2 PRIOR_TOKENS / (k N_d) * (mean over rows r of sum_e f_der) * tr(dW H dW^T)
+    loss_d = 1/2 rho / (n_f + m) * sum_r (S_r (dW H_d dW^T)_rr + m s (dW H dW^T)_rr),
+    rho    = (n + m) / (N + E m / k)
 
-N_d predictions, k experts per token. Against an expert in use that is nothing, and it keeps any
-other from looking free.
+What is much used is as it was measured; what is not does not look free, nor dear by accident, which
+matters to whoever searches for the cheapest (`Fisher.experience`).
 
 With diagonal Hessians the same sums are taken over diag(H), and weights are rounded to nearest.
 """
@@ -61,12 +65,13 @@ class Inputs:
     """What a batch of B matrices with I columns reads.
 
     solver: (B, I, I) means over all datasets, or (B, I) their diagonals. labels: (L, B, I, I) or
-    (L, B, I), means of each dataset. tokens: (B,). prior: f of tokens that might have come (L,).
+    (L, B, I), means of each dataset. tokens: (B,). factor, prior: see `Fisher.experience`, (L, B).
     """
 
     solver: torch.Tensor
     labels: torch.Tensor
     tokens: Sequence[int]
+    factor: torch.Tensor | None = None
     prior: torch.Tensor | None = None
 
 
@@ -137,8 +142,12 @@ class Sensitivity:
             columns = [[s for s in sites if s.expert == e and s.param == param] for e in numbers]
             inputs = self._expert_inputs(sums, layer, numbers, down)
             if self.fisher is not None:
-                prior = self.fisher.per_token(columns[0][0].path, sums.top_k)
-                inputs = replace(inputs, prior=None if prior is None else PRIOR_TOKENS * prior)
+                known = self.fisher.experience(
+                    columns[0][0].path, sums.tokens, sums.tokens.sum(1) / sums.top_k, PRIOR_TOKENS
+                )
+                if known is not None:
+                    factor, prior = (part[:, list(numbers)] for part in known)
+                    inputs = replace(inputs, factor=factor, prior=prior)
             for part in self._alike(columns):
                 yield from self._score(part, inputs)
 
@@ -192,9 +201,10 @@ class Sensitivity:
                 rows = row_errors(miss, inputs.labels[d].to(miss.device)).double().cpu()
                 for b, f in enumerate(fishers):
                     if f is not None:
-                        losses[b, :, i, d] = 0.5 * f[d] * rows[b].clamp_min(0)
+                        factor = 1.0 if inputs.factor is None else float(inputs.factor[d, b])
+                        losses[b, :, i, d] = 0.5 * factor * f[d] * rows[b].clamp_min(0)
                 if inputs.prior is not None:
-                    losses[:, :, i, d] += 0.5 * inputs.prior[d] * errors[:, :, i]
+                    losses[:, :, i, d] += 0.5 * inputs.prior[d, :, None].cpu() * errors[:, :, i]
             self._offer(columns, i, solved)
         for b, column in enumerate(columns):
             start = 0

@@ -23,6 +23,8 @@ from bitnest.export.engines import ENGINES
 from bitnest.export.rules import FUSED, check_site_storage
 from bitnest.export.targets import check_site
 from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.formats.zero import ZeroFormat
+from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
 from bitnest.sites import Site
 from bitnest.targets import Target, each_alone
@@ -51,7 +53,7 @@ def open_target(name: str, config: Mapping[str, Any]) -> Target:
         TargetError: no such target.
     """
     if name == "native":
-        return Target("native", NATIVE)
+        return Target("native", NATIVE, _native_allows)
     if name == "gguf":
         return Target(
             "gguf", tuple(GGUF), _gguf_allows, _stacked,
@@ -67,6 +69,15 @@ def open_target(name: str, config: Mapping[str, Any]) -> Target:
         name, CANDIDATES[name], _engine_allows(name, config), _engine_groups(name),
         (*rules, "embedding and head dense"),
     )  # fmt: skip
+
+
+def _native_allows(site: Site, fmt: AnyFormat) -> str:
+    """What the packed modules run: anything, but an embedding looks up single rows."""
+    if site.kind == "embedding" and not row_decodable(fmt):
+        return f"an embedding looks up single rows, which {fmt.name} cannot decode"
+    if site.kind in ENDS and isinstance(fmt, ZeroFormat):
+        return "a model without its embedding or head says nothing"
+    return ""
 
 
 def _engine_allows(name: str, config: Mapping[str, Any]) -> Callable[[Site, AnyFormat], str]:

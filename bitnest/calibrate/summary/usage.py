@@ -253,7 +253,7 @@ def _fisher(statistics: Statistics, layer: int, module: str, keep: Sequence[int]
     """Sum of f over an expert's outputs, mean over datasets, (E,)."""
     total: Array | None = None
     for name in statistics.names(layer):
-        if name.startswith(f"fisher.{module}."):
+        if name.startswith(f"fisher.{module}.") and not name.endswith(".tokens"):
             part = statistics.read(layer, name)[list(keep)].double().sum(2).mean(0).numpy()
             total = part if total is None else total + part
     return total
