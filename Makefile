@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench bench-plan lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ test-slow: $(STAMP)  ## the minutes-long checks too
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.compress_cost
 	$(BIN)/python -m benchmarks.encode_speed
+
+# make bench-plan MODEL=DIR DATA="--data books=FILE --data code=FILE" PLOT=plan.png WORK=DIR
+MODEL ?= demo
+PLOT ?= plan-policies.png
+bench-plan: $(STAMP)  ## every policy at equal bytes, carried out and measured; two minutes on the demo
+	$(BIN)/python -m benchmarks.plan_policies $(MODEL) $(DATA) $(if $(WORK),--work $(WORK)) --plot $(PLOT)
+	$(BIN)/python -m benchmarks.plan_scale
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,12 +13,15 @@ trap 'exit 130' INT TERM
 
 say() { printf '\n$ %s\n' "$*"; "$@"; }
 
-say "$BIN/bitnest" compress demo --bits 4 -o "$OUT/demo-int4"
-say "$BIN/bitnest" compress demo --bits 3 -o "$OUT/demo-int3" --quiet
-say "$BIN/bitnest" eval "$OUT/demo-int4" "$OUT/demo-int3" --against demo
+say "$BIN/bitnest" analyze demo -o "$OUT/demo-statistics" --format int2-g128 --format int3-g128 \
+    --format int4-g128 --format int5-g128 --format int6-g128 --quiet
+say "$BIN/bitnest" compress demo --bits 3.5 --statistics "$OUT/demo-statistics" -o "$OUT/demo-3.5"
+say "$BIN/bitnest" compress demo --format int4-g128 -o "$OUT/demo-int4" --quiet
+say "$BIN/bitnest" compress demo --format int3-g128 -o "$OUT/demo-int3" --quiet
+say "$BIN/bitnest" eval "$OUT/demo-int4" "$OUT/demo-3.5" "$OUT/demo-int3" --against demo
 
-printf '\n$ bitnest serve %s --port 0\n' "$OUT/demo-int4"
-"$BIN/bitnest" serve "$OUT/demo-int4" --port 0 --model-name demo 2>"$OUT/server.log" &
+printf '\n$ bitnest serve %s --port 0\n' "$OUT/demo-3.5"
+"$BIN/bitnest" serve "$OUT/demo-3.5" --port 0 --model-name demo 2>"$OUT/server.log" &
 SERVER=$!
 "$BIN/python" - "$OUT/server.log" <<'EOF'
 """Wait for the server's address, then ask for a completion with the openai client."""

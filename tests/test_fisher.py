@@ -245,9 +245,7 @@ def made_up_use() -> tuple[Fisher, torch.Tensor, torch.Tensor]:
     squares = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     squares[:, 2] = 0
     met = torch.tensor([[50, 150, 0], [120, 80, 0]], dtype=torch.float64)
-    fisher = Fisher(
-        {"e.down_proj": squares / 100, "e.tokens": met / 100}, torch.tensor([100, 100])
-    )
+    fisher = Fisher({"e.down_proj": squares / 100, "e.tokens": met / 100}, torch.tensor([100, 100]))
     return fisher, torch.tensor([[100, 290, 10], [500, 296, 4]]), torch.tensor([200, 400])
 
 

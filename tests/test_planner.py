@@ -354,3 +354,43 @@ def test_the_frontier_falls(moe: Path, found: Statistics) -> None:
     for a, b in pairwise(points):
         assert a.sizes.total < b.sizes.total and a.mean >= b.mean
     assert json.loads(json.dumps(curve.to_json()))["points"][0]["policy"] == "bitnest"
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+OVERRIDES = {
+    "fit-in-memory": ["--size", "330KB", "--context", "64"],
+    "near-lossless": ["--max-kl", "0.05"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_are_carried_out(
+    name: str, moe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from bitnest.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "compress", str(moe), "--recipe", str(RECIPES / f"{name}.yaml"), "-o", "a", "--data",
+        f"text={text}", "--samples", "8", "--length", "32", *OVERRIDES.get(name, []),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    artifact = Artifact.open(tmp_path / "a")
+    formats = {r.site.kind: r.format for r in artifact.records}
+    plan = artifact.manifest.get("plan")
+    if name == "mxfp4":
+        assert plan is None and formats["attention"] == "mxfp8"
+        assert formats["expert"] == "mxfp4@had32"
+    elif name == "fit-in-memory":
+        assert files(artifact.path) <= 330_000 and plan is not None
+        assert plan["asked"] == {"size": 330_000, "context": 64}
+    elif name == "near-lossless":
+        assert formats["attention"] == "int6-g128@had64"
+    elif name == "vllm-w4a16":
+        assert plan is not None and plan["target"] == "vllm-cpu"
+        assert {r.format for r in artifact.records} <= {"int4-g32", "dense"}
+    else:
+        assert plan is not None and plan["asked"] == {"bits": 3.0}

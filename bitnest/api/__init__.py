@@ -314,8 +314,7 @@ def inspect(
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
-        if "predicted" in artifact.manifest:
-            kept["predicted"] = artifact.manifest["predicted"]
+        kept |= {k: artifact.manifest[k] for k in ("predicted", "plan") if k in artifact.manifest}
         content = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
         if verify:
             artifact.verify()
