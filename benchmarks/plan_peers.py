@@ -28,7 +28,7 @@ def main() -> None:
     from bitnest import api
     from bitnest.api.planning import open_planner
     from bitnest.export.plan_targets import NATIVE
-    from bitnest.quantize.allocation.planner import Budget
+    from bitnest.quantize.allocation.budget import Budget
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")

@@ -20,8 +20,9 @@ from bitnest.export.plan_targets import TARGETS, open_target
 from bitnest.export.targets import check_engine
 from bitnest.formats import parse_format
 from bitnest.plan import Plan
+from bitnest.quantize.allocation.budget import Budget, smallest_of_width
 from bitnest.quantize.allocation.explain import explain
-from bitnest.quantize.allocation.planner import Budget, Planner, smallest_of_width
+from bitnest.quantize.allocation.planner import Planner
 from bitnest.quantize.allocation.policies import POLICIES
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes

@@ -25,7 +25,7 @@ from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
-    from bitnest.quantize.allocation.planner import Planned
+    from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.compress import Job
     from bitnest.quantize.preflight import Preflight
 

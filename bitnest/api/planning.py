@@ -17,8 +17,10 @@ from bitnest.recipe import Recipe, Rule
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
+    from bitnest.quantize.allocation.budget import Budget
     from bitnest.quantize.allocation.frontier import Frontier
-    from bitnest.quantize.allocation.planner import Budget, Planned, Planner
+    from bitnest.quantize.allocation.planned import Planned
+    from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
 
 AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
@@ -77,7 +79,7 @@ class Dials:
         Raises:
             RecipeError: out of range.
         """
-        from bitnest.quantize.allocation.planner import Budget
+        from bitnest.quantize.allocation.budget import Budget
 
         limit = self.max_kl
         if self.min_agreement is not None:
@@ -169,7 +171,8 @@ def open_planner(
     """
     from bitnest.calibrate.predict import Predictor
     from bitnest.export.plan_targets import open_target
-    from bitnest.quantize.allocation.planner import Planner, check_budget
+    from bitnest.quantize.allocation.budget import check_budget
+    from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import prepare
     from bitnest.quantize.ends import check_ends
     from bitnest.quantize.memory import Budget as Memory
@@ -318,7 +321,7 @@ def compare_policies(
     Raises:
         BitnestError: as `plan`.
     """
-    from bitnest.quantize.allocation.planner import Budget
+    from bitnest.quantize.allocation.budget import Budget
     from bitnest.quantize.allocation.policies import POLICIES
     from bitnest.quantize.allocation.problem import BudgetError
 
@@ -348,7 +351,7 @@ def constraint_cost(
     Raises:
         BitnestError: as `plan`.
     """
-    from bitnest.quantize.allocation.planner import Budget
+    from bitnest.quantize.allocation.budget import Budget
 
     names = ("statistics", "ends", "exact", "rules", "candidates", "weights", "data",
              "trust_remote_code", "progress")  # fmt: skip

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from bitnest.api.planning import Dials
     from bitnest.api.result import CompressResult
     from bitnest.eval.evaluate import EvalReport
-    from bitnest.quantize.allocation.planner import Planned, Planner
+    from bitnest.quantize.allocation.planned import Planned
+    from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def refine(
 
 def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
     """The plan for a predicted KL, or the finest there is."""
-    from bitnest.quantize.allocation.planner import Budget
+    from bitnest.quantize.allocation.budget import Budget
 
     try:
         return planner.plan(Budget(kl=aim))

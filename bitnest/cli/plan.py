@@ -13,7 +13,7 @@ from bitnest.cli.options import Json, Quiet, Remote, parse_size
 from bitnest.errors import RecipeError
 
 if TYPE_CHECKING:
-    from bitnest.quantize.allocation.planner import Planned
+    from bitnest.quantize.allocation.planned import Planned
 
 
 def command(

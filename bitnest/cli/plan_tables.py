@@ -10,7 +10,7 @@ import numpy as np
 from bitnest.cli.render import size, wide_console
 from bitnest.quantize.allocation.explain import explain as explanations
 from bitnest.quantize.allocation.frontier import Frontier
-from bitnest.quantize.allocation.planner import Planned
+from bitnest.quantize.allocation.planned import Planned
 from bitnest.quantize.preflight import Preflight
 
 EXPLAINED = 20  # items in full, when a pattern names many

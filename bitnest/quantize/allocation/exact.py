@@ -13,6 +13,10 @@ absolute tolerances do not decide.
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -51,16 +55,17 @@ def integer_program(
     lowest = np.array([min(o.loss for o in opts) for opts in reduced.options])[owner]
     scale = max(float((loss - lowest).max()), 1e-300)
     rows = csr_array((np.ones(len(options)), (owner, range(len(options)))))
-    result = milp(
-        (loss - lowest) / scale * 1e3,
-        constraints=[
-            LinearConstraint(rows, 1, 1),
-            LinearConstraint((cost // unit).astype(float)[None], -np.inf, budget // unit),
-        ],
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, **({} if seconds is None else {"time_limit": seconds})},
-    )
+    with _silenced():
+        result = milp(
+            (loss - lowest) / scale * 1e3,
+            constraints=[
+                LinearConstraint(rows, 1, 1),
+                LinearConstraint((cost // unit).astype(float)[None], -np.inf, budget // unit),
+            ],
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, **({} if seconds is None else {"time_limit": seconds})},
+        )
     if result.x is None:
         return found
     choice = found.choice.copy()
@@ -75,6 +80,21 @@ def integer_program(
     return Solution(
         choice, problem.cost_of(choice), loss_found, min(bound, loss_found), found.price
     )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """HiGHS writes remarks to the process's own stdout, which is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _picked(options: list[Option], owner: list[int], x: np.ndarray) -> list[Option]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitnest.patterns import Names
-from bitnest.quantize.allocation.planner import Planned
+from bitnest.quantize.allocation.planned import Planned
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnest.quantize.allocation.planner import Budget, Planned, Planner
+from bitnest.quantize.allocation.budget import Budget
+from bitnest.quantize.allocation.planned import Planned
+from bitnest.quantize.allocation.planner import Planner
 from bitnest.quantize.allocation.problem import BudgetError
 
 LEAST_KL = 2e-4  # nats: the largest plan drawn need not be better

@@ -15,106 +15,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
+from bitnest.quantize.allocation.budget import Budget, smallest_of_width, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu
+from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Sizes, artifact_sizes
-from bitnest.recipe import Recipe, sized
+from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
 SOLVES = 8  # of a size, until it fits
 RESERVE = 1400  # bytes of manifest for the plan's summary and the prediction
 UNKNOWN = 1600  # bytes more for calibration, if it is not known yet
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What was asked for: one of bits, size (bytes) and kl (nats). context: tokens of a cache that
-    a size has to hold as well.
-
-    Raises:
-        RecipeError: none or several, or out of range.
-    """
-
-    bits: float | None = None
-    size: int | None = None
-    kl: float | None = None
-    context: int = 0
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("bits", "size", "kl") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise RecipeError(
-                "one budget at a time: " + (", ".join(given) or "none was given"),
-                hint="--bits, --size or --max-kl",
-            )
-        value = getattr(self, given[0])
-        if not (math.isfinite(value) and value > 0):
-            raise RecipeError(
-                f"a budget of {value:g} {given[0]} is not above 0",
-                hint="for example --bits 3.5, --size 12GiB or --max-kl 0.02",
-            )
-        if self.bits is not None and self.bits > 16:
-            raise RecipeError(f"--bits {self.bits:g}: weights have 16 at most",
-                              hint="--bits is the average code width, for example 3.5")  # fmt: skip
-        if self.context and self.size is None:
-            raise RecipeError("--context goes with --size", hint="it makes room for the cache")
-
-    def to_json(self) -> dict[str, Any]:
-        """What was given."""
-        found = {k: v for k, v in vars(self).items() if v is not None and k != "context"}
-        return {**found, **({"context": self.context} if self.context else {})}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan with its grounds. choice: (N,). gap: see `Solution`, None for other policies. kl: per
-    label; mean; low, high: one standard error of its logarithm less and more, None if no probe was
-    measured."""
-
-    plan: Plan
-    menu: Menu
-    evidence: Evidence
-    choice: np.ndarray
-    sizes: Sizes
-    kl: dict[str, float]
-    mean: float
-    low: float | None
-    high: float | None
-    gap: float | None = None
-    costs: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def bits(self) -> float:
-        """Average code width over the weights that are not dense."""
-        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
-        rows = np.nonzero(packed)[0]
-        weights = self.menu.numel[rows].sum()
-        return float(self.menu.bits[rows, self.choice[rows]].sum() / weights) if len(rows) else 0.0
-
-    @property
-    def bits_per_weight(self) -> float:
-        """The same with scales, tables and zero points."""
-        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
-        rows = np.nonzero(packed)[0]
-        weights = self.menu.numel[rows].sum()
-        return (
-            float(8 * self.menu.nbytes[rows, self.choice[rows]].sum() / weights)
-            if len(rows)
-            else 0.0
-        )
 
 
 class Planner:
@@ -324,66 +247,6 @@ class Planner:
         return max(0.0, (loss - found.bound) / loss) if loss > 0 else 0.0
 
 
-def check_budget(
-    job: Job, target: Target, formats: Sequence[str], budget: Budget, ends: bool | None
-) -> None:
-    """Refuse a budget that no plan can meet, before anything is measured.
-
-    Raises:
-        RecipeError, BudgetError: even the smallest formats are over it.
-    """
-    planned = ends if ends is not None else budget.bits is None
-    sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
-    losses = np.zeros((len(sites), len(formats), 1))
-    ruled = job.recipe.ruled(job.sites)
-    known = {name: fmt for name, fmt in ruled.items() if fmt in {*formats, "dense"}}
-    own = {site.name for site in sites}
-    fixed = {name: fmt for name, fmt in known.items() if name in own}
-    menu = build_menu(sites, formats, losses, target, itemsize=job.itemsize, fixed=fixed)
-    cost = menu.bits if budget.bits is not None else menu.nbytes
-    rows = np.arange(len(menu.items))
-    cheapest = np.where(menu.allowed, cost, np.iinfo(np.int64).max).argmin(axis=1)
-    least = int(cost[rows, cheapest].sum())
-    if budget.bits is not None and least > round(budget.bits * int(menu.numel.sum())):
-        raise RecipeError(
-            f"--bits {budget.bits:g} is less than the smallest candidates take: "
-            f"{least / int(menu.numel.sum()):.3g}",
-            hint="candidates: " + ", ".join(formats),
-        )
-    if budget.size is not None:
-        chosen = {**{n: f.name for n, f in job.formats.items()}, **menu.plan(cheapest)}
-        parsed = {n: sized(parse_format(f), job.itemsize) for n, f in chosen.items()}
-        total = artifact_sizes(job, parsed, budget.context).total
-        if total > budget.size:
-            raise too_small(budget, total)
-
-
-def too_small(budget: Budget, least: int) -> RecipeError:
-    """No plan is as small as was asked."""
-    cache = f", the cache of {budget.context:,} tokens in it" if budget.context else ""
-    return RecipeError(
-        f"no plan fits {budget.size:,} bytes: the smallest takes {least:,}{cache}",
-        hint=f"--size {least} or more, or coarser formats by --candidate",
-    )
-
-
-def expected(planned: Planned) -> dict[str, Any]:
-    """The figures that go into the plan file."""
-    found: dict[str, Any] = {
-        "bits": round(planned.bits, 4),
-        "bits_per_weight": round(planned.bits_per_weight, 4),
-        "packed_bytes": planned.sizes.packed,
-        "artifact_bytes": planned.sizes.artifact,
-        "kl": float(f"{planned.mean:.4g}"),
-    }
-    if planned.low is not None and planned.high is not None:
-        found |= {"kl_low": float(f"{planned.low:.4g}"), "kl_high": float(f"{planned.high:.4g}")}
-    found["kl_by_text"] = {k: float(f"{v:.4g}") for k, v in planned.kl.items()}
-    if planned.gap is not None:
-        found["gap"] = float(f"{planned.gap:.2g}")
-    return found
-
-
 def label_weights(labels: Sequence[str], weights: Mapping[str, float] | None) -> np.ndarray | None:
     """Weights in the labels' order, None for equal ones.
 
@@ -417,19 +280,3 @@ def check_sites(job: Job, predictor: Predictor) -> None:
                 where=str(predictor.statistics.path),
                 hint="are these statistics of another model? bitnest analyze this one",
             )
-
-
-def smallest_of_width(formats: Sequence[str], sites: Sequence[Site]) -> tuple[str, ...]:
-    """Of formats with equal code width those that take least bytes on the largest site."""
-    shape = max((site.shape for site in sites), key=lambda s: s[0] * s[1])
-    parsed: dict[str, AnyFormat] = {name: parse_format(name) for name in formats}
-    least: dict[float, int] = {}
-    for fmt in parsed.values():
-        if not isinstance(fmt, DenseFormat):
-            least[fmt.bits] = min(fmt.nbytes(shape), least.get(fmt.bits, 1 << 62))
-    return tuple(n for n, f in parsed.items() if f.nbytes(shape) <= least.get(f.bits, 1 << 62))
-
-
-def plain_recipe(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe that carries out a plan: its rules, everything else dense."""
-    return replace(recipe, format="dense", rules=plan.rules)

@@ -1,0 +1,113 @@
+"""A budget, and whether any plan can meet it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitnest.errors import RecipeError
+from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.kinds import ENDS
+from bitnest.quantize.allocation.menu import build_menu
+from bitnest.quantize.compress import Job
+from bitnest.quantize.sizing import artifact_sizes
+from bitnest.recipe import sized
+from bitnest.sites import Site
+from bitnest.targets import Target
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for: one of bits, size (bytes) and kl (nats). context: tokens of a cache that
+    a size has to hold as well.
+
+    Raises:
+        RecipeError: none or several, or out of range.
+    """
+
+    bits: float | None = None
+    size: int | None = None
+    kl: float | None = None
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bits", "size", "kl") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                "one budget at a time: " + (", ".join(given) or "none was given"),
+                hint="--bits, --size or --max-kl",
+            )
+        value = getattr(self, given[0])
+        if not (math.isfinite(value) and value > 0):
+            raise RecipeError(
+                f"a budget of {value:g} {given[0]} is not above 0",
+                hint="for example --bits 3.5, --size 12GiB or --max-kl 0.02",
+            )
+        if self.bits is not None and self.bits > 16:
+            raise RecipeError(f"--bits {self.bits:g}: weights have 16 at most",
+                              hint="--bits is the average code width, for example 3.5")  # fmt: skip
+        if self.context and self.size is None:
+            raise RecipeError("--context goes with --size", hint="it makes room for the cache")
+
+    def to_json(self) -> dict[str, Any]:
+        """What was given."""
+        found = {k: v for k, v in vars(self).items() if v is not None and k != "context"}
+        return {**found, **({"context": self.context} if self.context else {})}
+
+
+def check_budget(
+    job: Job, target: Target, formats: Sequence[str], budget: Budget, ends: bool | None
+) -> None:
+    """Refuse a budget that no plan can meet, before anything is measured.
+
+    Raises:
+        RecipeError, BudgetError: even the smallest formats are over it.
+    """
+    planned = ends if ends is not None else budget.bits is None
+    sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
+    losses = np.zeros((len(sites), len(formats), 1))
+    ruled = job.recipe.ruled(job.sites)
+    known = {name: fmt for name, fmt in ruled.items() if fmt in {*formats, "dense"}}
+    own = {site.name for site in sites}
+    fixed = {name: fmt for name, fmt in known.items() if name in own}
+    menu = build_menu(sites, formats, losses, target, itemsize=job.itemsize, fixed=fixed)
+    cost = menu.bits if budget.bits is not None else menu.nbytes
+    rows = np.arange(len(menu.items))
+    cheapest = np.where(menu.allowed, cost, np.iinfo(np.int64).max).argmin(axis=1)
+    least = int(cost[rows, cheapest].sum())
+    if budget.bits is not None and least > round(budget.bits * int(menu.numel.sum())):
+        raise RecipeError(
+            f"--bits {budget.bits:g} is less than the smallest candidates take: "
+            f"{least / int(menu.numel.sum()):.3g}",
+            hint="candidates: " + ", ".join(formats),
+        )
+    if budget.size is not None:
+        chosen = {**{n: f.name for n, f in job.formats.items()}, **menu.plan(cheapest)}
+        parsed = {n: sized(parse_format(f), job.itemsize) for n, f in chosen.items()}
+        total = artifact_sizes(job, parsed, budget.context).total
+        if total > budget.size:
+            raise too_small(budget, total)
+
+
+def too_small(budget: Budget, least: int) -> RecipeError:
+    """No plan is as small as was asked."""
+    cache = f", the cache of {budget.context:,} tokens in it" if budget.context else ""
+    return RecipeError(
+        f"no plan fits {budget.size:,} bytes: the smallest takes {least:,}{cache}",
+        hint=f"--size {least} or more, or coarser formats by --candidate",
+    )
+
+
+def smallest_of_width(formats: Sequence[str], sites: Sequence[Site]) -> tuple[str, ...]:
+    """Of formats with equal code width those that take least bytes on the largest site."""
+    shape = max((site.shape for site in sites), key=lambda s: s[0] * s[1])
+    parsed: dict[str, AnyFormat] = {name: parse_format(name) for name in formats}
+    least: dict[float, int] = {}
+    for fmt in parsed.values():
+        if not isinstance(fmt, DenseFormat):
+            least[fmt.bits] = min(fmt.nbytes(shape), least.get(fmt.bits, 1 << 62))
+    return tuple(n for n, f in parsed.items() if f.nbytes(shape) <= least.get(f.bits, 1 << 62))

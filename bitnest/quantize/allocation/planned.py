@@ -1,0 +1,68 @@
+"""A plan with its grounds: what it was chosen from, and what it costs and loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitnest.plan import Plan
+from bitnest.quantize.allocation.menu import Menu
+from bitnest.quantize.allocation.policies import Evidence
+from bitnest.quantize.sizing import Sizes
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its grounds. choice: (N,). gap: see `Solution`, None for other policies. kl: per
+    label; mean; low, high: one standard error of its logarithm less and more, None if no probe was
+    measured."""
+
+    plan: Plan
+    menu: Menu
+    evidence: Evidence
+    choice: np.ndarray
+    sizes: Sizes
+    kl: dict[str, float]
+    mean: float
+    low: float | None
+    high: float | None
+    gap: float | None = None
+
+    @property
+    def bits(self) -> float:
+        """Average code width over the weights that are not dense."""
+        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
+        rows = np.nonzero(packed)[0]
+        weights = self.menu.numel[rows].sum()
+        return float(self.menu.bits[rows, self.choice[rows]].sum() / weights) if len(rows) else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The same with scales, tables and zero points."""
+        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
+        rows = np.nonzero(packed)[0]
+        weights = self.menu.numel[rows].sum()
+        return (
+            float(8 * self.menu.nbytes[rows, self.choice[rows]].sum() / weights)
+            if len(rows)
+            else 0.0
+        )
+
+
+def expected(planned: Planned) -> dict[str, Any]:
+    """The figures that go into the plan file."""
+    found: dict[str, Any] = {
+        "bits": round(planned.bits, 4),
+        "bits_per_weight": round(planned.bits_per_weight, 4),
+        "packed_bytes": planned.sizes.packed,
+        "artifact_bytes": planned.sizes.artifact,
+        "kl": float(f"{planned.mean:.4g}"),
+    }
+    if planned.low is not None and planned.high is not None:
+        found |= {"kl_low": float(f"{planned.low:.4g}"), "kl_high": float(f"{planned.high:.4g}")}
+    found["kl_by_text"] = {k: float(f"{v:.4g}") for k, v in planned.kl.items()}
+    if planned.gap is not None:
+        found["gap"] = float(f"{planned.gap:.2g}")
+    return found
