@@ -132,7 +132,7 @@ def compress(
     check_memory(before, memory)
     if announce is not None:
         announce(found, before)
-    result = maker.planned(job, found.plan, rules, where)
+    result = maker.planned(job, found.plan, [], where)
     return replace(result, forecast=before.to_json(), peak_memory=peak_resident())
 
 

@@ -116,6 +116,9 @@ def command(
     out_dir = out or Path(default_name(model, values))
     if not values["data"] and statistics is None and method != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
+    uniform = values["format"] or values["group"] or values["plan"] or values["method"] == "rtn"
+    if not uniform and not quiet:
+        dials.remark(model, values["statistics"])
     with Bars(quiet) as bars:
         result = api.compress(
             model, out_dir, **values, device=device, fresh=fresh,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from bitnest.errors import RecipeError
@@ -40,6 +42,21 @@ Ends = typer.Option(
     help="Plan embedding and head too (default: with --size, --max-kl, --min-agreement).",
 )
 Exact = typer.Option(False, "--exact", help="Prove the optimum by integer programming.")
+
+
+def remark(model: str, statistics: Path | None) -> None:
+    """Say which statistics are about to be used or made when none were named, on stderr."""
+    from bitnest.api.planning import default_statistics
+    from bitnest.cli.render import say
+    from bitnest.statistics import is_statistics
+
+    if statistics is None:
+        place = default_statistics(model)
+        say(
+            f"planning with the statistics in {place}"
+            if is_statistics(place)
+            else f"measuring the model first, into {place}; further plans reuse it"
+        )
 
 
 def parse_share(text: str | None) -> float | None:

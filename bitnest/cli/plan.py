@@ -93,6 +93,8 @@ def command(
         "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context,
     }  # fmt: skip
+    if not quiet:
+        dials.remark(model, statistics)
     with Bars(quiet) as bars:
         options["progress"] = bars
         if check is not None:

@@ -43,12 +43,11 @@ def as_json(
 def summary(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> None:
     """Widths by kind, bytes, prediction, and what it takes; on stderr, the plan itself is on
     stdout."""
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(_by_kind(planned))
+    table = _by_kind(planned)
+    console = wide_console(table, stderr=True)
+    console.print(table)
     for line in lines(planned, before, cost):
-        console.print(line)
+        console.print(line, highlight=False, markup=False)
 
 
 def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> list[str]:

@@ -43,12 +43,12 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
-def wide_console(*tables: Table) -> Console:
+def wide_console(*tables: Table, stderr: bool = False) -> Console:
     """A console on stdout, wide enough for `tables` whatever the terminal: cells stay whole."""
     from rich.console import Console
     from rich.measure import Measurement
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, stderr=stderr)
     room = console.options.update(max_width=1000)
     needed = [Measurement.get(console, room, table).maximum for table in tables]
     console.width = max(console.width, *needed)

@@ -23,6 +23,5 @@ POLICIES: dict[str, Policy] = {
     "baq": baq,
     "mxmoe": mxmoe,
 }
-BLIND = frozenset({"uniform", "handmade"})  # need no statistics
 
-__all__ = ["BLIND", "POLICIES", "Evidence", "Policy"]
+__all__ = ["POLICIES", "Evidence", "Policy"]
