@@ -56,22 +56,25 @@ def main() -> None:
         if not out.exists():
             api.compress(args.model, out, plan=planned.plan, **options)
         sys.stderr.write(f"{row['type']}: {planned.sizes.artifact:,} bytes\n")
-    found = api.evaluate(list(outs.values()), against=args.model, data=args.data)
+    found = api.evaluate(list(dict.fromkeys(outs.values())), against=args.model, data=args.data)
     rows = []
-    for row, measured in zip(peers["rows"], found.rows[1:], strict=True):
+    sizes = {out: sum(file.stat().st_size for file in out.iterdir()) for out in outs.values()}
+    by_path = dict(zip(dict.fromkeys(outs.values()), found.rows[1:], strict=True))
+    for row in peers["rows"]:
         planned, out = plans[row["type"]], outs[row["type"]]
+        measured = by_path[out]
         rows.append(
             {
                 "type": row["type"], "peer": row, "bits": planned.bits,
                 "bits_per_weight": planned.bits_per_weight, "predicted": planned.mean,
-                "bytes": sum(file.stat().st_size for file in out.iterdir()),
+                "bytes": sizes[out],
                 "texts": {
                     s.text: {"kl": s.kl.mean, "perplexity": s.perplexity, "same_top": s.kl.same_top}
                     for s in measured.scores if s.kl
                 },
             }
         )  # fmt: skip
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
     report(rows)
     print(machine())
     print(json.dumps({"model": Path(args.model).name, "rows": rows, "machine": machine(),

@@ -13,6 +13,13 @@ a_k corrects each kind (attention, expert ...). The square root is what choosing
 chance that the k-th and the (k+1)-th change places grows with the size of a perturbation, not with
 its square, and what a changed place costs does not depend on it. Dense models have no such term.
 A head of its own moves no router: it is left out of the root.
+What a site loses per unit of output error is itself measured on few tokens, for experts above all,
+and whoever searches for the cheapest plan finds the sites where it came out too low. So experts'
+losses are drawn towards those of the same projection in their layer [ours]: with the output error
+per token n_i(f) = share_i * tr(dW H dW^T) and the group's mean loss per error,
+
+    s_i(f) <- (1 - DRAWN) s_i(f) + DRAWN n_i(f) * sum_g s / sum_g n
+
 Fitted by least squares of log KL, with a weak pull of the a_k towards each other (RIDGE), so that
 a few probes suffice.
 
@@ -44,6 +51,7 @@ from bitnest.statistics import Statistics
 
 RIDGE = 0.3  # weight of log a_k - mean log a, against residuals of log KL
 LEAST = 1e-12  # nats: below it a KL is rounding
+DRAWN = 0.35  # of an expert's loss that its group decides
 
 
 @dataclass(frozen=True)
@@ -246,15 +254,35 @@ def site_losses(statistics: Statistics) -> np.ndarray:
         for layer in statistics.layers
         if layer["sites"]
     ]
-    return np.asarray(torch.cat(parts).double().numpy())
+    return drawn(statistics, np.asarray(torch.cat(parts).double().numpy()))
+
+
+def drawn(statistics: Statistics, losses: np.ndarray, share: float = DRAWN) -> np.ndarray:
+    """Losses (S, F, L), those of experts drawn towards their layer's and projection's."""
+    noise, result = output_errors(statistics), losses.copy()
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, site in enumerate(statistics.sites):
+        if site.expert is not None:
+            groups.setdefault((site.layer, site.name.rpartition(".")[2]), []).append(i)
+    for group in groups.values():
+        total = noise[group].sum()
+        if total > 0:
+            per_error = losses[group].sum(axis=(0, 1)) / total
+            result[group] = (1 - share) * losses[group] + share * noise[group, :, None] * per_error
+    return result
+
+
+def output_errors(statistics: Statistics) -> np.ndarray:
+    """Output error per token of every site in every format, share * tr(dW H dW^T), (S, F)."""
+    layers = [layer for layer in statistics.layers if layer["sites"]]
+    error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
+    output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers]).double()
+    return np.asarray((error * output[:, None]).numpy() * token_shares(statistics)[:, None])
 
 
 def _losses_by_groups(statistics: Statistics) -> np.ndarray:
     """By the probes that perturbed one layer and kind each."""
-    layers = [layer for layer in statistics.layers if layer["sites"]]
-    error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
-    output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers])
-    noise = (error * output[:, None]).numpy() * token_shares(statistics)[:, None]
+    noise = output_errors(statistics)
     labels = statistics.labels
     losses = np.zeros((*noise.shape, len(labels)))
     times = np.zeros((len(noise), 1, len(labels)))  # merged parts may have measured one label each

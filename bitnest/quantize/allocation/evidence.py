@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from bitnest.calibrate.distribution.significance import joint_significance
-from bitnest.calibrate.predict import Predictor, token_shares
+from bitnest.calibrate.predict import Predictor, output_errors, token_shares
 from bitnest.calibrate.summary.usage import Usage, expert_layers
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import with_weights
@@ -40,7 +39,7 @@ def read_evidence(
         objective=with_weights(menu, predictor.fit, weights),
         share=per_item,
         gate=gates,
-        noise=_noise(predictor, menu, rows, share),
+        noise=_noise(predictor, menu, rows),
         significance=significance,
         latency=_latency(menu, per_item, latency),
         exact=exact,
@@ -64,15 +63,9 @@ def expert_use(statistics: Statistics, sites: Sequence[Site]) -> tuple[np.ndarra
     return gates, values
 
 
-def _noise(
-    predictor: Predictor, menu: Menu, rows: Sequence[Sequence[int]], share: np.ndarray
-) -> np.ndarray:
+def _noise(predictor: Predictor, menu: Menu, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Output error per token of every choice, (N, F): share * tr(dW H dW^T), summed."""
-    statistics = predictor.statistics
-    layers = [layer for layer in statistics.layers if layer["sites"]]
-    error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
-    output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers]).double()
-    noise = (error * output[:, None]).numpy() * share[:, None]
+    noise = output_errors(predictor.statistics)
     known = {name: f for f, name in enumerate(predictor.formats)}
     columns = [
         noise[:, known[name]] if name in known else np.zeros(len(noise)) for name in menu.formats
