@@ -16,6 +16,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -79,7 +80,7 @@ def measure(
     plans = [planned for planned in plans if planned.plan.policy in wanted]
     missing: dict[str, Path] = {}
     for planned in plans:
-        key = planned.plan.digest
+        key = key_of(planned)
         if key in known or key in missing:
             continue
         out = work / f"plan-{key}"
@@ -107,7 +108,7 @@ def measure(
         known_file.write_text(json.dumps(known))
     rows = []
     for planned in plans:
-        values = known[planned.plan.digest]
+        values = known[key_of(planned)]
         rows.append(
             {
                 "asked": bits, "policy": planned.plan.policy, "bits": planned.bits,
@@ -119,6 +120,12 @@ def measure(
     for row in rows:
         row["recovered"] = None if uniform is None else recovered(row, uniform)
     return rows
+
+
+def key_of(planned: Any) -> str:
+    """Of the formats that were chosen, whatever the rules that say so."""
+    formats = json.dumps(planned.menu.plan(planned.choice), sort_keys=True)
+    return hashlib.sha256(formats.encode()).hexdigest()[:16]
 
 
 def recovered(row: dict[str, Any], uniform: dict[str, Any]) -> float:

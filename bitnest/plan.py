@@ -51,7 +51,8 @@ HEAD = """\
 
 @dataclass(frozen=True)
 class Plan:
-    """See above. rules: in order. expected: figures of the rules that `digest` is of."""
+    """See above. rules: in order. expected: figures of the rules that `digest` is of. where, lines:
+    file and lines that the rules were read from, if they were."""
 
     rules: tuple[Rule, ...]
     model: str = ""
@@ -61,6 +62,8 @@ class Plan:
     asked: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    where: str = field(default="", compare=False)
+    lines: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, formats: Mapping[str, str], **rest: Any) -> Plan:
@@ -81,11 +84,13 @@ class Plan:
         """
         names = Names(sites)
         chosen = {site.name: "dense" for site in sites}
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules):
             hits = names.matching(rule.pattern)
             if not hits:
+                line = f":{self.lines[number]}" if self.lines else ""
                 raise RecipeError(
                     f"rule '{rule.pattern}: {rule.format}' of the plan matches no site",
+                    where=f"{self.where}{line}",
                     hint="is the plan of another model? bitnest inspect MODEL --sites lists names",
                 )
             chosen.update(dict.fromkeys(hits, rule.format))
@@ -113,9 +118,18 @@ class Plan:
         return HEAD + "".join(parts)
 
     def write(self, path: Path) -> None:
-        """Write the file; it appears only when whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, self.to_text())
+        """Write the file; it appears only when whole.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        if path.is_dir():
+            raise PlanError("a directory is in the way", where=str(path), hint="-o plan.yaml")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, self.to_text())
+        except OSError as error:
+            raise PlanError(f"cannot write: {error.strerror}", where=str(path)) from error
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -161,7 +175,8 @@ class Plan:
             )
         rules = tuple(_rule(node, where) for node in items(nodes["rules"], where, HINT))
         rest = {k: v for k, v in values.items() if k not in {"plan", "rules"}}
-        return cls(rules, **rest)
+        lines = tuple(node.start_mark.line + 1 for node in items(nodes["rules"], where, HINT))
+        return cls(rules, **rest, where=where, lines=lines)
 
 
 def digest_of(rules: Sequence[Rule]) -> str:

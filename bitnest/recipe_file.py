@@ -31,14 +31,19 @@ Parse = Callable[[Any], Any]
 
 
 def _number(value: Any) -> float:
+    if isinstance(value, str):  # YAML 1.1 reads 1e-2 as a word
+        try:
+            value = float(value)
+        except ValueError as error:
+            raise ValueError("a number") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("a number")
     return float(value)
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number from 0 on")
     return value
 
 
@@ -68,7 +73,11 @@ def _size(value: Any) -> int:
 
 def _share(value: Any) -> float:
     text = str(value).strip()
-    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise ValueError("a share such as 95% or 0.95") from error
+    return number / (100 if text.endswith("%") else 1)
 
 
 SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
@@ -132,8 +141,12 @@ def parse_recipe(text: str, where: str = "recipe") -> dict[str, Any]:
 def _section(key: str, node: yaml.Node, where: str) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise broken(f"'{key}' must be a mapping", node, where, ", ".join(SECTIONS[key]))
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in node.value:
+        if not isinstance(name, yaml.ScalarNode):
+            raise broken(f"a key of '{key}' is no word", name, where, ", ".join(SECTIONS[key]))
+        if name.value in SECTIONS[key] and SECTIONS[key][name.value][0] in found:
+            raise broken(f"'{name.value}' twice in '{key}'", name, where)
         if name.value not in SECTIONS[key]:
             raise broken(f"unknown key '{name.value}' in '{key}'", name, where,
                          "known: " + ", ".join(SECTIONS[key]))  # fmt: skip

@@ -26,4 +26,7 @@ def parse_size(text: str | None) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if match is None:
         raise RecipeError(f"not a size: '{text}'", hint="for example 3GiB or 600MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    value = float(match[1]) * _UNITS[match[2] or ""]
+    if value >= 1 << 62:
+        raise RecipeError(f"no size of {text[:20]} exists", hint="for example 3GiB or 600MB")
+    return int(value)

@@ -30,6 +30,12 @@ def top_level(text: str, where: str, known: Collection[str], noun: str) -> dict[
             where=f"{where}{line}",
             hint="quote a value that begins with * or { or contains ': '",
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(
+            f"not YAML: {type(error).__name__}",
+            where=where,
+            hint="nested too deep, or a bad number",
+        ) from error
     if not isinstance(node, yaml.MappingNode):
         raise PlanError(f"a {noun} is a mapping of keys", where=where, hint=", ".join(known))
     found: dict[str, yaml.Node] = {}
@@ -51,7 +57,7 @@ def plain(node: yaml.Node, where: str) -> Any:
     """
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise broken(
             f"not a plain value: {getattr(error, 'problem', error)}", node, where
         ) from error

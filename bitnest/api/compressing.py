@@ -9,23 +9,33 @@ a limit     of KL or agreement: plan, carry out, measure, correct the prediction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitnest.api.planning import Dials, check_policy, default_statistics, open_planner
+from bitnest.api.planning import (
+    Dials,
+    check_policy,
+    check_target,
+    default_statistics,
+    open_planner,
+)
 from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
+from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
+from bitnest.statistics import is_statistics
+from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.planned import Planned
+    from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
     from bitnest.quantize.preflight import Preflight
 
@@ -94,6 +104,11 @@ def compress(
     check_policy(policy)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     _check_ways(dials, format, group, plan)
+    extras = {
+        "--target": target != "native", "--candidate": bool(candidates), "--exact": exact,
+        "--ends": ends is not None, "--policy": policy not in {"bitnest", "uniform"},
+    }  # fmt: skip
+    _check_extras(dials, format, group, plan, policy, check, extras)
     recipe = Recipe(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
@@ -101,7 +116,8 @@ def compress(
     maker = Maker(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
     )
-    uniform = _uniform_format(dials, format, group, plan, method, statistics, policy)
+    plain = not any(extras.values())
+    uniform = _uniform_format(dials, format, group, plan, method, statistics, policy, plain)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
@@ -111,7 +127,10 @@ def compress(
         return maker.carry_out(job, statistics)
     if plan is not None:
         return maker.planned(job, _opened(plan), rules, statistics)
+    check_out(maker.out, statistics or default_statistics(model))
     job = maker.calibrated(job, statistics, force=True)
+    if dials.measured:
+        check_texts(check)
     if not dials.given:
         dials = Dials(bits=float(DEFAULT_BITS), context=context)
     planner = open_planner(
@@ -122,18 +141,56 @@ def compress(
         checked=True,
     )  # fmt: skip
     where = statistics or default_statistics(model)
-    if dials.measured:
-        from bitnest.api.refine import refine
-
-        return refine(maker, job, planner, dials, check or data, where)
-    found = planner.plan(dials.budget(), policy)
+    found = first_plan(planner, dials, policy)
     before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                       length=length, out=maker.out)  # fmt: skip
     check_memory(before, memory)
     if announce is not None:
         announce(found, before)
-    result = maker.planned(job, found.plan, [], where)
-    return replace(result, forecast=before.to_json(), peak_memory=peak_resident())
+    if dials.measured:
+        from bitnest.api.refine import refine
+
+        result = refine(maker, job, planner, dials, check or data, where, before.to_json())
+    else:
+        result = maker.planned(job, found.plan, [], where)
+    forecast = result.forecast or before.to_json()
+    return replace(result, forecast=forecast, peak_memory=peak_resident())
+
+
+def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
+    """The plan of the dials; for a limit that no plan is predicted to keep, the finest."""
+    from bitnest.quantize.allocation.budget import Budget
+
+    try:
+        return planner.plan(dials.budget(), policy)
+    except RecipeError:
+        if not dials.measured:
+            raise
+        return planner.plan(Budget(size=1 << 62))
+
+
+def check_out(out: Path, statistics: str | Path) -> None:
+    """Refuse an output that is there, before anything is measured for it. An artifact may be the
+    result of the same command, which is known once there are statistics.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    same = is_artifact(out) and is_statistics(Path(statistics))
+    if not is_empty(out) and not same:
+        raise in_the_way(out)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Open texts that are needed late.
+
+    Raises:
+        DataError: one is not there, or empty.
+    """
+    from bitnest.calibrate.sources import load_texts, parse_source
+
+    for text in texts:
+        load_texts(parse_source(text).source)
 
 
 def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:
@@ -154,6 +211,36 @@ def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) 
         raise RecipeError("--group goes with --bits", hint="--bits 4 --group 64")
 
 
+def _check_extras(
+    dials: Dials,
+    fmt: str | None,
+    group: int | None,
+    plan: object,
+    policy: str,
+    check: Sequence[str],
+    extras: Mapping[str, bool],
+) -> None:
+    """Refuse options that would say nothing.
+
+    Raises:
+        RecipeError: what belongs to planning beside a format or a plan, a limit's text without a
+            limit, another policy with a limit.
+    """
+    said = [name for name, given in extras.items() if given]
+    if plan is not None and policy != "bitnest":
+        said.append("--policy")
+    if (fmt or group or plan is not None) and said:
+        other = "the plan" if plan is not None else "one format for all"
+        raise RecipeError(f"{said[0]} says nothing beside {other}",
+                          hint=f"leave out {', '.join(dict.fromkeys(said))}")  # fmt: skip
+    if check and not dials.measured:
+        raise RecipeError("--check is what a limit is measured on, and there is none",
+                          hint="--max-kl 0.02 or --min-agreement 95%")  # fmt: skip
+    if dials.measured and policy != "bitnest":
+        raise RecipeError(f"policy {policy} has no prediction to steer by",
+                          hint="give it --bits or --size")  # fmt: skip
+
+
 def _uniform_format(
     dials: Dials,
     fmt: str | None,
@@ -162,18 +249,21 @@ def _uniform_format(
     method: str,
     statistics: str | Path | None,
     policy: str,
+    plain: bool,
 ) -> str | None:
     """The one format that was asked for, or None if there is to be a plan.
 
     Rounding to nearest reads no text, so without statistics there is nothing to plan by: a whole
-    number of bits is one format then. The same holds for a group, and for policy uniform.
+    number of bits is one format then. The same holds for a group, and for policy uniform. plain:
+    nothing else was asked of a plan.
     """
     if plan is not None:
         return None
     if fmt is not None:
         return default_format(None, fmt, None)
     blind = method == "rtn" and statistics is None
-    if group is not None or (policy == "uniform" and _whole(dials)) or (blind and _whole(dials)):
+    even = plain and _whole(dials) and (policy == "uniform" or blind)
+    if group is not None or even:
         return default_format(dials.bits, None, group)
     return None
 
@@ -217,9 +307,11 @@ class Maker:
         """Carry out a plan, the rules given by hand on top of it."""
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
+        plan.formats(job.sites)  # names the line of a rule that matches nothing
         job = replace(
             job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
         )
+        check_target(job, plan)
         return self.carry_out(job, statistics, out)
 
     def carry_out(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.checkpoint import Checkpoint, resolve_model
-from bitnest.errors import RecipeError, StatisticsError
+from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
+from bitnest.kinds import ENDS
 from bitnest.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
@@ -287,7 +288,42 @@ def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
         BitnestError: it does not fit the model, the statistics or its target.
     """
     planner = open_planner(model, target=plan.target, **options)
+    source = planner.predictor.statistics.header["source"]["sha256"]
+    if plan.source not in {"", source}:
+        raise PlanError(
+            f"the plan is of another model ('{plan.model}') than the statistics",
+            where=plan.where,
+            hint="plan for this model, or empty the plan's 'source'",
+        )
     return planner.evaluate(plan)
+
+
+def check_target(job: Job, plan: Plan) -> None:
+    """Refuse a plan that its own target cannot load.
+
+    Raises:
+        PlanError, TargetError: an unknown target, or the first site that breaks a rule of it.
+    """
+    from bitnest.export.plan_targets import TARGETS, open_target
+
+    if plan.target not in TARGETS:
+        raise PlanError(f"unknown target '{plan.target}'", where=plan.where,
+                        hint="one of " + ", ".join(TARGETS))  # fmt: skip
+    target, chosen = open_target(plan.target, job.checkpoint.config), job.formats
+    sites = [site for site in job.sites if site.kind != "router"]
+    hint = "mend the plan's rules, or plan for this target again"
+    for site in sites:
+        reason = target.allows(site, chosen[site.name])
+        if reason:
+            raise TargetError(f"{plan.target}: {reason}", where=site.name, hint=hint)
+    for group in target.together(sites):
+        odd = [s for s in group if chosen[s.name].name != chosen[group[0].name].name]
+        if odd:
+            raise TargetError(
+                f"{plan.target} wants one format for {group[0].name} "
+                f"({chosen[group[0].name].name}) and this site ({chosen[odd[0].name].name})",
+                where=odd[0].name, hint=hint,
+            )  # fmt: skip
 
 
 def frontier(
@@ -357,8 +393,10 @@ def constraint_cost(
              "trust_remote_code", "progress")  # fmt: skip
     kept = {key: value for key, value in options.items() if key in names}
     kept["candidates"] = [name for name in planned.menu.formats if name != "dense"]
+    kept["ends"] = any(kind in ENDS for kind in planned.menu.kinds)
     planner = open_planner(model, target="native", **kept)
-    free = planner.plan(Budget(size=planned.sizes.total))
+    context = int(planned.plan.asked.get("context", 0))
+    free = planner.plan(Budget(size=planned.sizes.total, context=context))
     from bitnest.export.plan_targets import open_target
 
     rules = open_target(target, Checkpoint.open(model).config).rules
@@ -373,6 +411,7 @@ def preflight(
     samples: int = 64,
     length: int = 512,
     out: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """What carrying out a plan takes and gives; see `quantize.preflight`.
 
@@ -382,7 +421,11 @@ def preflight(
     from bitnest.quantize.compress import prepare
     from bitnest.quantize.preflight import preflight as estimate
 
-    job = prepare(Checkpoint.open(model), Recipe(format="dense", rules=planned.plan.rules))
+    job = prepare(
+        Checkpoint.open(model),
+        Recipe(format="dense", rules=planned.plan.rules),
+        trust_remote_code=trust_remote_code,
+    )
     return estimate(
         job, job.formats, planned.sizes, samples=samples, length=length, machine=machine, out=out
     )

@@ -7,7 +7,8 @@ A plan's prediction P has an error bar; the limit T is of what is measured, M. S
 The ratio P / M is the model's own and changes little from one plan to the next, so two or three
 rounds do. It ends when T (1 - SLACK) <= M <= T, when the next plan would be one already made, or
 after ROUNDS; the smallest artifact that kept the limit is the result, moved to its place by one
-rename. What else was made is removed.
+rename. What else was made is removed; tries lie in `.<name>.tries`, named by their plan, so that a
+killed run finds what it had made.
 
 KL goes with the square of the share of changed top choices, which is how an agreement is turned
 into a KL (`planning.AGREEMENT`) before anything was measured, and by the measured ratio afterwards.
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.api.texts import sources
 from bitnest.artifact import Artifact
-from bitnest.errors import DataError, RecipeError
-from bitnest.workdir import in_the_way, is_empty
+from bitnest.errors import ArtifactError, BitnestError, DataError, RecipeError
+from bitnest.workdir import in_the_way, is_empty, partial_directory
 
 if TYPE_CHECKING:
     from bitnest.api.compressing import Maker
@@ -62,8 +63,10 @@ def refine(
     dials: Dials,
     texts: Sequence[str],
     statistics: str | Path,
+    forecast: dict[str, Any],
 ) -> CompressResult:
-    """The smallest artifact found that keeps the limit, measured on `texts`.
+    """The smallest artifact found that keeps the limit, measured on `texts`. forecast: what was
+    said of the first plan.
 
     Raises:
         RecipeError: even the finest formats do not keep it; nothing is left behind.
@@ -77,11 +80,15 @@ def refine(
     place = maker.out.with_name(f".{maker.out.name}.tries")
     made: dict[str, Attempt] = {}
     try:
-        for number in range(ROUNDS):
+        for _ in range(ROUNDS):
             planned = _closest(planner, dials, aim)
+            asked = {k: v for k, v in vars(dials).items() if v}
+            planned = replace(planned, plan=replace(planned.plan, asked=asked))
             if planned.plan.digest in made:
                 break
-            attempt = _make(maker, job, planned, place / str(number), texts, statistics, agreement)
+            attempt = _make(
+                maker, job, planned, place / planned.plan.digest, texts, statistics, agreement
+            )
             made[planned.plan.digest] = attempt
             log.info(
                 "%s bytes: predicted KL %.4g, measured %s %.4g, limit %.4g", f"{attempt.nbytes:,}",
@@ -91,9 +98,13 @@ def refine(
                 break
             ratio = limit / max(attempt.measured, 1e-12)
             aim = planned.mean * (ratio**2 if agreement else ratio) * (1 - SLACK / 2)
-        return _choose(maker, made, limit, agreement)
-    finally:
+        found = _choose(maker, made, limit, agreement)
+    except BitnestError:
         shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+    disk = (found.plan or {}).get("expected", {}).get("artifact_bytes", forecast["disk"])
+    return replace(found, forecast={**forecast, "disk": disk})
 
 
 def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
@@ -115,7 +126,12 @@ def _make(
     statistics: str | Path,
     agreement: bool,
 ) -> Attempt:
-    result = maker.planned(job, planned.plan, [], statistics, out)
+    try:
+        result = maker.planned(job, planned.plan, [], statistics, out)
+    except ArtifactError:  # of a run with other inputs, killed before it could clean up
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(partial_directory(out), ignore_errors=True)
+        result = maker.planned(job, planned.plan, [], statistics, out)
     report = _evaluate(maker, job, out, texts)
     scores: dict[str, dict[str, float]] = {}
     for score in report.rows[-1].scores:

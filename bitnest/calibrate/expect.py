@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DIGITS = 6  # of a predicted KL in the manifest
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -43,7 +45,10 @@ class Expected:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {k: v for k, v in vars(self).items() if k not in {"source", "windows"}}
+        kept = {k: v for k, v in vars(self).items() if k not in {"source", "windows"}}
+        for key in ("mean", "low", "high"):
+            kept[key] = None if kept[key] is None else float(f"{kept[key]:.{DIGITS}g}")
+        return {**kept, "kl": {k: float(f"{v:.{DIGITS}g}") for k, v in self.kl.items()}}
 
     def check_text(self, calibration: CalibrationSet) -> None:
         """Say so if the text is another: what is fitted to it costs more on the statistics' text

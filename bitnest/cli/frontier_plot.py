@@ -44,8 +44,12 @@ def draw(found: Frontier, file: Path, marked: Sequence[Path] = ()) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.2)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    try:
+        figure.savefig(file, dpi=130)
+    except OSError as error:
+        raise RecipeError(f"cannot write the picture: {error.strerror}", where=str(file)) from error
+    finally:
+        plt.close(figure)
 
 
 def measured(path: Path) -> list[tuple[str, int, float]]:

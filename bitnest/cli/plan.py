@@ -83,6 +83,24 @@ def command(
     from bitnest.cli import plan_tables as tables
     from bitnest.quantize.allocation.policies import POLICIES
 
+    _check_ways(
+        {"--check": check is not None, "--frontier": frontier, "--compare": compare},
+        {
+            "--frontier": {"-o": out is not None, "--explain": bool(explain)},
+            "--compare": {"-o": out is not None, "--explain": bool(explain)},
+        },
+        {
+            "--plot": (plot is not None, frontier), "--mark": (bool(mark), plot is not None),
+        },
+    )  # fmt: skip
+    asked = [b for b in (bits, size, max_kl, min_agreement) if b is not None]
+    if (check is not None or frontier) and asked:
+        raise RecipeError("--check and --frontier have no budget", hint="leave out the dial")
+    if check is not None and (target != "native" or policy != "bitnest"):
+        raise RecipeError("--check takes target and policy from the plan", hint="leave them out")
+    if compare and policy != "bitnest":
+        raise RecipeError("--compare shows every policy", hint="leave out --policy")
+    tables.check_early(explain, plot, machine)
     options: dict[str, Any] = {
         "statistics": statistics, "target": target, "ends": ends, "exact": exact,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
@@ -127,20 +145,44 @@ def command(
             if target != "native" and check is None
             else None
         )
-        preflight = api.preflight(model, planned, machine=machine)
-    if out is not None:
-        planned.plan.write(out)
+        preflight = api.preflight(
+            model, planned, machine=machine, trust_remote_code=trust_remote_code
+        )
     if json:
         print_json(tables.as_json(planned, preflight, cost, explain))
-        return
-    if explain:
+    elif explain:
         tables.explain(planned, explain)
     elif out is None and check is None:
         typer.echo(planned.plan.to_text(), nl=False)
-    if not quiet:
+    if out is not None:
+        planned.plan.write(out)
+    if not quiet and not json:
         tables.summary(planned, preflight, cost)
         if out is not None:
             say(f"next: bitnest compress {model} --plan {out}")
+
+
+def _check_ways(
+    ways: dict[str, bool],
+    barred: dict[str, dict[str, bool]],
+    needs: dict[str, tuple[bool, bool]],
+) -> None:
+    """Refuse two ways at once, options that a way does not have, and options without their way.
+
+    Raises:
+        RecipeError: see above.
+    """
+    chosen = [name for name, given in ways.items() if given]
+    if len(chosen) > 1 and chosen != ["--frontier", "--compare"]:
+        raise RecipeError(f"{chosen[0]} and {chosen[1]} at once", hint="one of them")
+    for way in chosen:
+        for option, given in barred.get(way, {}).items():
+            if given:
+                raise RecipeError(f"{way} makes no plan for {option}", hint=f"leave out {option}")
+    for option, (given, present) in needs.items():
+        if given and not present:
+            raise RecipeError(f"{option} without what it belongs to",
+                              hint="--frontier --plot FILE --mark EVAL.json")  # fmt: skip
 
 
 def _weights(texts: list[str]) -> dict[str, float]:
@@ -161,7 +203,10 @@ def _latency(path: Path | None) -> dict[str, float] | None:
         return None
     try:
         table = json_module.loads(path.read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in table.items()}
+        found = {str(name): float(value) for name, value in table.items()}
+        if not found or min(found.values()) <= 0:
+            raise ValueError("no times, or one that is not above 0")
+        return found
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RecipeError(
             "cannot read the table of latencies", where=str(path),

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitnest.cli.render import size, wide_console
+from bitnest.errors import RecipeError
+from bitnest.patterns import matcher
 from bitnest.quantize.allocation.explain import explain as explanations
 from bitnest.quantize.allocation.frontier import Frontier
 from bitnest.quantize.allocation.planned import Planned
-from bitnest.quantize.preflight import Preflight
+from bitnest.quantize.preflight import MACHINES, Preflight
 
+PICTURES = (".svg", ".png", ".pdf")
 EXPLAINED = 20  # items in full, when a pattern names many
+
+
+def check_early(patterns: Sequence[str], plot: Path | None, machine: str | None) -> None:
+    """Refuse before work what is needed after it.
+
+    Raises:
+        RecipeError: a broken pattern, a kind of picture that cannot be drawn, an unknown machine.
+    """
+    for pattern in patterns:
+        matcher(pattern)
+    if plot is not None and plot.suffix not in PICTURES:
+        raise RecipeError(f"no picture of kind '{plot.suffix}'", hint="--plot frontier.svg or .png")
+    if machine is not None and machine not in MACHINES:
+        raise RecipeError(f"unknown machine '{machine}'", hint="one of " + ", ".join(MACHINES))
 
 
 def row(planned: Planned) -> dict[str, Any]:
@@ -54,7 +72,9 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
     """The summary in words."""
     sizes = planned.sizes
     found = [
-        f"{planned.bits:.4g} bits, {planned.bits_per_weight:.3f} bits per weight with scales; "
+        f"{planned.bits:.4g} bits on average over the planned weights"
+        + (f" ({planned.dense:.1%} of them dense)" if planned.dense else "")
+        + f", {planned.bits_per_weight:.3f} with scales; "
         f"artifact {sizes.artifact:,} bytes ({size(sizes.artifact)}): packed {sizes.packed:,}, "
         f"dense {sizes.dense:,}, headers and manifest {sizes.headers + sizes.manifest:,}, "
         f"tokenizer and config {sizes.other:,}"
@@ -67,9 +87,10 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
     found.append(text + " (" + ", ".join(f"{k} {v:.3g}" for k, v in planned.kl.items()) + ")")
     if planned.gap is not None:
         found.append(
-            "no plan of this size is predicted to lose less"
+            "optimal under this budget, losses taken as linear about the plan"
             if planned.gap == 0
-            else f"no plan of this size is predicted to lose more than {planned.gap:.2g} less"
+            else f"within {planned.gap:.1e} of the bound under this budget, losses taken as linear "
+            "about the plan"
         )
     if cost is not None:
         found.append(
@@ -129,7 +150,10 @@ def explain(planned: Planned, patterns: Sequence[str]) -> None:
     found = [item for pattern in patterns for item in explanations(planned, pattern)]
     console = Console(soft_wrap=True)
     if not found:
-        console.print("no planned site matches", highlight=False)
+        raise RecipeError(
+            f"no planned site matches '{patterns[0]}'",
+            hint="bitnest inspect MODEL --sites lists names",
+        )
     for item in found[:EXPLAINED]:
         together = f" and {len(item.sites) - 1} with it" if len(item.sites) > 1 else ""
         console.print(

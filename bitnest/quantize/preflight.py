@@ -39,6 +39,7 @@ from bitnest.quantize.sizing import Sizes, cache_bytes
 
 OVERHEAD = 2.5  # of a run over its products alone; measured on models of 4 to 22 M parameters
 GPTQ_FLOPS = 3.0  # per O I^2, the sweep's updates and the error; I^3 apart
+LIBRARIES = 200 << 20  # bytes that libraries take once they run; measured on the embedded model
 PROMPT, ANSWER = 512, 128  # tokens, for the offloading bound
 
 
@@ -284,5 +285,5 @@ def peak_memory(job: Job, samples: int, length: int) -> int:
         * 2048
         * max(widest, getattr(job.skeleton.model.config.get_text_config(), "vocab_size", 0) // 8)
     )
-    need = resident_bytes() + block + 2 * largest + hidden + routed + work + batch
+    need = resident_bytes() + LIBRARIES + block + 2 * largest + hidden + routed + work + batch
     return min(need, job.memory) if job.memory is not None else ceil(need)

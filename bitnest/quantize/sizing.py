@@ -61,14 +61,40 @@ class Sizes:
         return self.artifact + self.cache
 
 
-def artifact_sizes(job: Job, formats: Mapping[str, AnyFormat], context: int = 0) -> Sizes:
-    """Sizes of the artifact that `job` would become with other formats.
+@dataclass(frozen=True)
+class Assumed:
+    """A calibration text that is not at hand yet: tokens, samples, their length, samples by
+    label."""
+
+    tokens: int
+    samples: int
+    length: int
+    counts: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest will say it."""
+        return {
+            "sha256": SHA, "samples": self.samples, "length": self.length, "sources": self.counts,
+        }  # fmt: skip
+
+
+def artifact_sizes(
+    job: Job,
+    formats: Mapping[str, AnyFormat],
+    context: int = 0,
+    assumed: Assumed | None = None,
+) -> Sizes:
+    """Sizes of the artifact that `job` would become with other formats. assumed: the calibration
+    text, where the job has none yet.
 
     Raises:
         UnsupportedModel: a context is given and the family's cache is not known.
     """
     job = replace(job, formats=dict(formats))
-    packed, headers, files, records = _packed(job)
+    tokens = None if job.calibration is None else job.calibration.tokens.numel()
+    if assumed is not None:
+        tokens = assumed.tokens
+    packed, headers, files, records = _packed(job, tokens)
     entries = dense_entries(job)
     index: dict[str, str] = {}
     groups = list(shards(entries))
@@ -85,18 +111,21 @@ def artifact_sizes(job: Job, formats: Mapping[str, AnyFormat], context: int = 0)
         **_copied(job),
     }
     files.update({name: {"bytes": size, "sha256": SHA} for name, size in texts.items()})
-    text = manifest_text(draft_manifest(job, SHA), (r.to_json() for r in records), files)
+    manifest = draft_manifest(job, SHA)
+    if assumed is not None:
+        manifest["calibration"] = assumed.to_json()
+        manifest["fingerprint"] = {**manifest["fingerprint"], "calibration": SHA}
+    text = manifest_text(manifest, (r.to_json() for r in records), files)
     cache = cache_bytes(job.skeleton.model.config, context) if context else 0
     return Sizes(packed, dense, headers, len(text.encode()), sum(texts.values()), cache)
 
 
-def _packed(job: Job) -> tuple[int, int, dict[str, Any], list[SiteRecord]]:
+def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], list[SiteRecord]]:
     """Bytes of packed tensors and of headers, the files, and the records."""
     kept = {s.module for s in job.sites if _stored(job.formats[s.name], s)}
     half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
     total, headers, files, records = 0, 0, {}, []
     files_in_all = job.units if job.packed_ends else len(job.skeleton.blocks)
-    tokens = None if job.calibration is None else job.calibration.tokens.numel()
     for layer in range(job.units):
         tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         name = packed_file_name(layer, files_in_all)

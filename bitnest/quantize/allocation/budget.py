@@ -19,6 +19,8 @@ from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
+MARGIN = 4096  # bytes: of a hint, for what the manifest will say besides
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -35,6 +37,10 @@ class Budget:
     context: int = 0
 
     def __post_init__(self) -> None:
+        if self.context and self.size is None:
+            raise RecipeError(
+                "--context goes with --size", hint="it makes room for the cache beside the weights"
+            )
         given = [name for name in ("bits", "size", "kl") if getattr(self, name) is not None]
         if len(given) != 1:
             raise RecipeError(
@@ -50,8 +56,8 @@ class Budget:
         if self.bits is not None and self.bits > 16:
             raise RecipeError(f"--bits {self.bits:g}: weights have 16 at most",
                               hint="--bits is the average code width, for example 3.5")  # fmt: skip
-        if self.context and self.size is None:
-            raise RecipeError("--context goes with --size", hint="it makes room for the cache")
+        if self.context < 0:
+            raise RecipeError(f"a context of {self.context} tokens", hint="--context 8192")
 
     def to_json(self) -> dict[str, Any]:
         """What was given."""
@@ -98,7 +104,7 @@ def too_small(budget: Budget, least: int) -> RecipeError:
     cache = f", the cache of {budget.context:,} tokens in it" if budget.context else ""
     return RecipeError(
         f"no plan fits {budget.size:,} bytes: the smallest takes {least:,}{cache}",
-        hint=f"--size {least} or more, or coarser formats by --candidate",
+        hint=f"--size {least + MARGIN} or more, or coarser formats by --candidate",
     )
 
 

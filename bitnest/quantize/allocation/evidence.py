@@ -9,6 +9,7 @@ import numpy as np
 from bitnest.calibrate.distribution.significance import joint_significance
 from bitnest.calibrate.predict import Predictor, output_errors, token_shares
 from bitnest.calibrate.summary.usage import Usage, expert_layers
+from bitnest.errors import RecipeError
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import with_weights
 from bitnest.quantize.allocation.policies.common import Evidence
@@ -78,5 +79,8 @@ def _latency(menu: Menu, share: np.ndarray, measured: Mapping[str, float] | None
     if measured is None:
         return np.asarray(menu.nbytes * share[:, None], dtype=np.float64)
     per_weight = np.array([measured.get(name, np.nan) for name in menu.formats])
+    if np.isnan(per_weight).all():
+        raise RecipeError("the table of latencies has none of the candidates",
+                          hint="candidates: " + ", ".join(menu.formats))  # fmt: skip
     filled = np.where(np.isnan(per_weight), np.nanmax(per_weight), per_weight)
     return np.asarray(menu.numel[:, None] * filled * share[:, None])

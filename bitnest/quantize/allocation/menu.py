@@ -142,14 +142,15 @@ def build_menu(
     parsed = [_sized(parse_format(name), itemsize) for name in names]
     dense = np.zeros((len(sites), 1, losses.shape[2]))
     raw = np.concatenate([losses, dense], axis=1)
-    nbytes, bits, cached = _sizes(sites, parsed)
+    nbytes, bits = _sizes(sites, parsed)
+    reasons: dict[str, str] = {}
     for s, site in enumerate(sites):
         for f, fmt in enumerate(parsed):
-            if target.allows(site, fmt):
+            if reason := target.allows(site, fmt):
                 raw[s, f] = np.inf
+                reasons.setdefault(site.name, reason)
     for name, wanted in (fixed or {}).items():
         _fix(raw, [site.name for site in sites], names, name, wanted)
-    del cached
     place = {site.name: i for i, site in enumerate(sites)}
     groups = target.together(sites)
     rows = [[place[site.name] for site in group] for group in groups]
@@ -166,16 +167,15 @@ def build_menu(
     )
     empty = np.nonzero(~menu.allowed.any(axis=1))[0]
     if len(empty):
+        name = menu.items[int(empty[0])][0].name
         raise RecipeError(
-            f"no candidate format is left for {menu.items[int(empty[0])][0].name}",
+            f"no candidate format is left for {name}: {reasons.get(name, 'rules exclude all')}",
             hint=f"candidates: {', '.join(names)}; target: {target.name}",
         )
     return menu
 
 
-def _sizes(
-    sites: Sequence[Site], formats: Sequence[AnyFormat]
-) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, int], tuple[list[int], list[int]]]]:
+def _sizes(sites: Sequence[Site], formats: Sequence[AnyFormat]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and code bits, (S, F) each; equal shapes are computed once."""
     known: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     for site in sites:
@@ -186,7 +186,7 @@ def _sizes(
             )
     nbytes = np.array([known[site.shape][0] for site in sites], dtype=np.int64)
     bits = np.array([known[site.shape][1] for site in sites], dtype=np.int64)
-    return nbytes, bits, known
+    return nbytes, bits
 
 
 def _summed(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -32,23 +32,20 @@ class Planned:
 
     @property
     def bits(self) -> float:
-        """Average code width over the weights that are not dense."""
-        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
-        rows = np.nonzero(packed)[0]
-        weights = self.menu.numel[rows].sum()
-        return float(self.menu.bits[rows, self.choice[rows]].sum() / weights) if len(rows) else 0.0
+        """Average code width over the planned weights, dense ones with their source's width."""
+        return self.menu.average_bits(self.choice)
 
     @property
     def bits_per_weight(self) -> float:
         """The same with scales, tables and zero points."""
-        packed = np.array([self.menu.formats[c] != "dense" for c in self.choice])
-        rows = np.nonzero(packed)[0]
-        weights = self.menu.numel[rows].sum()
-        return (
-            float(8 * self.menu.nbytes[rows, self.choice[rows]].sum() / weights)
-            if len(rows)
-            else 0.0
-        )
+        rows = np.arange(len(self.choice))
+        return float(8 * self.menu.nbytes[rows, self.choice].sum() / self.menu.numel.sum())
+
+    @property
+    def dense(self) -> float:
+        """Share of the planned weights that stay dense."""
+        kept = np.array([self.menu.formats[c] == "dense" for c in self.choice])
+        return float(self.menu.numel[kept].sum() / self.menu.numel.sum())
 
 
 def expected(planned: Planned) -> dict[str, Any]:

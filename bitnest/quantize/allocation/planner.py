@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
+from bitnest.calibrate.expect import Expected
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
@@ -30,14 +32,24 @@ from bitnest.quantize.allocation.menu import Menu, build_menu
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.compress import Job
-from bitnest.quantize.sizing import Sizes, artifact_sizes
+from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
-SOLVES = 8  # of a size, until it fits
-RESERVE = 1400  # bytes of manifest for the plan's summary and the prediction
-UNKNOWN = 1600  # bytes more for calibration, if it is not known yet
+SOLVES = 16  # of a size, until it fits
+CLOSE = 4000  # a plan is close enough if it leaves this part of the size
+LONGEST = 1.23456e-05  # no figure of the manifest is longer
+FIGURES = (
+    "bits",
+    "bits_per_weight",
+    "packed_bytes",
+    "artifact_bytes",
+    "kl",
+    "kl_low",
+    "kl_high",
+    "gap",
+)
 
 
 class Planner:
@@ -92,15 +104,16 @@ class Planner:
         evidence = self.evidence(budget)
         if budget.bits is not None:
             spend = round(budget.bits * int(evidence.menu.numel.sum()))
-            return self._finish(evidence, self._bits(evidence, spend, policy), budget, policy)
+            choice = POLICIES[policy](evidence, evidence.menu.bits, spend)
+            return self._finish(evidence, choice, budget, policy, spend)
         if budget.kl is not None:
             if policy != "bitnest":
                 raise RecipeError(f"policy {policy} has no prediction to steer by",
                                   hint="give it --bits or --size")  # fmt: skip
             found = evidence.objective.smallest(evidence.menu.nbytes, budget.kl, exact=self.exact)
-            return self._finish(evidence, found.choice, budget, policy)
-        assert budget.size is not None
-        return self._finish(evidence, self._sized(evidence, budget, policy), budget, policy)
+            return self._finish(evidence, found.choice, budget, policy, found.cost)
+        choice, spend = self._sized(evidence, budget, policy)
+        return self._finish(evidence, choice, budget, policy, spend)
 
     def evaluate(self, plan: Plan) -> Planned:
         """What a plan that is already there costs and loses.
@@ -112,9 +125,8 @@ class Planner:
         evidence = self.evidence(Budget(size=1))
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
-        found = self._finish(evidence, choice, Budget(size=1), plan.policy)
-        fresh = Plan(**{**vars(plan), "expected": found.plan.expected})
-        return Planned(**{**vars(found), "plan": fresh, "gap": None})
+        found = self._finish(evidence, choice, Budget(size=1), "")
+        return replace(found, plan=replace(plan, expected=found.plan.expected))
 
     def evidence(self, budget: Budget) -> Evidence:
         """Menu and grounds for a kind of budget."""
@@ -141,40 +153,66 @@ class Planner:
         planned = {site.name for site in sites}
         return {name: fmt for name, fmt in ruled.items() if name in planned}
 
-    def _bits(self, evidence: Evidence, spend: int, policy: str) -> np.ndarray:
-        return POLICIES[policy](evidence, evidence.menu.bits, spend)
-
-    def _sized(self, evidence: Evidence, budget: Budget, policy: str) -> np.ndarray:
-        """Solve, see what the whole artifact takes, and give the weights what is over."""
+    def _sized(self, evidence: Evidence, budget: Budget, policy: str) -> tuple[np.ndarray, int]:
+        """Solve, see what the whole artifact takes, and give the weights what is left; the largest
+        plan that fits, and the bytes of weights it was allowed."""
         assert budget.size is not None
         menu = evidence.menu
         rows = np.arange(len(menu.items))
         cheapest = np.where(menu.allowed, menu.nbytes, np.iinfo(np.int64).max).argmin(axis=1)
-        rest = self.sizes(menu, cheapest, budget).total - int(menu.nbytes[rows, cheapest].sum())
-        if rest + int(menu.nbytes[rows, cheapest].sum()) > budget.size:
-            raise too_small(budget, rest + int(menu.nbytes[rows, cheapest].sum()))
-        spend, best, least_over = budget.size - rest, cheapest, -1
+        low = int(menu.nbytes[rows, cheapest].sum())
+        least = self.sizes(menu, cheapest, budget).total
+        if least > budget.size:
+            raise too_small(budget, least)
+        best, reached = cheapest, least
+        high, spend = int(menu.nbytes.max(axis=1).sum()) + 1, budget.size - (least - low)
         for _ in range(SOLVES):
+            if not low < spend:
+                break
             choice = POLICIES[policy](evidence, menu.nbytes, spend)
-            total = self.sizes(menu, choice, budget).total
-            if total <= budget.size and total > least_over:
-                best, least_over = choice, total
+            own, total = (
+                int(menu.nbytes[rows, choice].sum()), self.sizes(menu, choice, budget).total
+            )  # fmt: skip
             over = total - budget.size
-            if -budget.size // 2000 <= over <= 0:
+            if over > 0:
+                high = min(high, own)  # this plan is too large, whatever was allowed for it
+                spend = own - over if own - over > low else (low + own) // 2
+                continue
+            if total >= reached:
+                best, reached = choice, total
+            low = max(low, spend)
+            if -over <= budget.size // CLOSE or own - over <= spend:
                 break
-            spend -= over
-            if over < 0 and spend >= int(menu.nbytes.max(axis=1).sum()):
-                break
-        return best
+            spend = min(own - over, high - 1)
+        return best, max(low, int(menu.nbytes[rows, best].sum()))
 
     def sizes(self, menu: Menu, choice: np.ndarray, budget: Budget) -> Sizes:
-        """Sizes of the artifact of one choice per item."""
-        sizes = artifact_sizes(
-            self._job(menu.plan(choice)), self._formats(menu.plan(choice)), budget.context
-        )
-        reserve = RESERVE + 60 * len(self.labels)
-        reserve += UNKNOWN if self.job.calibration is None else 0
-        return replace(sizes, manifest=sizes.manifest + reserve)
+        """Sizes of the artifact of one choice per item, its manifest as this plan's will be."""
+        formats = menu.plan(choice)
+        job = replace(self._job(formats), plan=self._draft(budget), expected=self._expected)
+        assumed = None if self.job.calibration is not None else self._assumed()
+        return artifact_sizes(job, self._formats(formats), budget.context, assumed)
+
+    def _draft(self, budget: Budget) -> Plan:
+        """A plan whose summary is as long as it can become."""
+        figures = dict.fromkeys(FIGURES, LONGEST)
+        texts = {"kl_by_text": dict.fromkeys(self.labels, LONGEST)}
+        return Plan(
+            (), target=self.target.name, policy="frequency", asked=budget.to_json(),
+            expected={**figures, **texts},
+        )  # fmt: skip
+
+    @cached_property
+    def _expected(self) -> Expected:
+        """A prediction that is as long as it can become."""
+        kl = dict.fromkeys(self.labels, LONGEST)
+        return Expected(kl, LONGEST, LONGEST, LONGEST, "0" * 64, "0" * 64, frozenset())
+
+    def _assumed(self) -> Assumed:
+        """The calibration text, if it is not known yet: that of the statistics."""
+        header = self.predictor.statistics.header
+        counts = {item["label"]: item["samples"] for item in header["data"] if item["samples"]}
+        return Assumed(header["tokens"], sum(counts.values()), header["length"] or 512, counts)
 
     def formats_of(self, plan: Plan) -> dict[str, AnyFormat]:
         """Format of every site of the model under a plan."""
@@ -202,7 +240,7 @@ class Planner:
         }
 
     def _finish(
-        self, evidence: Evidence, choice: np.ndarray, budget: Budget, policy: str
+        self, evidence: Evidence, choice: np.ndarray, budget: Budget, policy: str, spend: int = 0
     ) -> Planned:
         menu, objective = evidence.menu, evidence.objective
         kl = objective.kl(choice)
@@ -215,7 +253,7 @@ class Planner:
             kl=dict(zip(self.labels, kl.tolist(), strict=True)), mean=mean,
             low=mean * math.exp(-error) if known else None,
             high=mean * math.exp(error) if known else None,
-            gap=self._gap(evidence, choice, budget) if policy == "bitnest" else None,
+            gap=self._gap(evidence, choice, budget, spend) if policy == "bitnest" else None,
         )  # fmt: skip
         source = self.predictor.statistics.header["source"]["sha256"]
         plan = Plan.of(
@@ -227,19 +265,17 @@ class Planner:
             asked=budget.to_json(),
             expected=expected(planned),
         )
-        return Planned(**{**vars(planned), "plan": plan})
+        return replace(planned, plan=plan)
 
-    def _gap(self, evidence: Evidence, choice: np.ndarray, budget: Budget) -> float:
-        """How much less a plan of the same cost could lose, at the prices of this one: the gap of
-        the linear problem whose tangent lies at the plan."""
+    def _gap(self, evidence: Evidence, choice: np.ndarray, budget: Budget, spend: int) -> float:
+        """How much less a plan within `spend` could lose, as far as the linear problem tells whose
+        tangent lies at this plan."""
         from bitnest.quantize.allocation.exact import solve_exact
         from bitnest.quantize.allocation.solver import solve
 
         menu = evidence.menu
         cost = menu.bits if budget.bits is not None else menu.nbytes
-        spent = int(cost[np.arange(len(choice)), choice].sum())
-        if budget.bits is not None:
-            spent = max(spent, round(budget.bits * int(menu.numel.sum())))
+        spent = max(spend, int(cost[np.arange(len(choice)), choice].sum()))
         total = evidence.objective.sums(choice).sum(axis=1)
         problem = evidence.objective.problem(cost, spent, total)
         found = (solve_exact if self.exact else solve)(problem)
@@ -255,12 +291,13 @@ def label_weights(labels: Sequence[str], weights: Mapping[str, float] | None) ->
     """
     if not weights:
         return None
+    if not any(weights.get(label, 1.0) > 0 for label in labels):
+        raise RecipeError("every text has the weight 0", hint="--weight LABEL=1 for one of them")
     for name, value in weights.items():
         if name not in labels or not (math.isfinite(value) and value >= 0):
             raise RecipeError(f"no weight {value:g} for a text '{name}'",
                               hint="texts of the statistics: " + ", ".join(labels))  # fmt: skip
-    found = np.array([max(weights.get(label, 1.0), 1e-9) for label in labels])
-    return found
+    return np.array([max(weights.get(label, 1.0), 1e-9) for label in labels])
 
 
 def check_sites(job: Job, predictor: Predictor) -> None:

@@ -34,7 +34,8 @@ class BudgetError(RecipeError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """Items that may take `choices` together, at `loss` in place of the sum of theirs."""
+    """Items that may take `choices` together, at `loss` in place of the sum of theirs. The choices
+    are the items' cheapest."""
 
     items: tuple[int, ...]
     choices: tuple[int, ...]
@@ -64,6 +65,12 @@ class Problem:
         members = [i for bundle in self.bundles for i in bundle.items]
         if len(set(members)) != len(members):
             raise ValueError("an item is in two bundles")
+        allowed = np.where(np.isfinite(self.loss), self.cost, np.iinfo(np.int64).max)
+        least = allowed.min(axis=1)
+        for bundle in self.bundles:
+            for i, c in zip(bundle.items, bundle.choices, strict=True):
+                if self.cost[i, c] > least[i]:
+                    raise ValueError(f"a bundle takes more of item {i} than its cheapest choice")
 
     def bundled(self, choice: np.ndarray) -> list[Bundle]:
         """Bundles that are taken: all items have the bundle's choices, and lose less together."""
