@@ -395,3 +395,26 @@ def test_recipes_are_carried_out(
         assert {r.format for r in artifact.records} <= {"int4-g32", "dense"}
     else:
         assert plan is not None and plan["asked"] == {"bits": 3.0}
+
+
+@pytest.mark.parametrize("flips", [0.0, 0.02])
+def test_the_tangent_is_the_gradient_of_the_prediction(
+    flips: float, moe: Path, found: Statistics
+) -> None:
+    from bitnest.quantize.allocation.objective import Objective
+
+    base = planner(moe, found).evidence(Budget(bits=3.0)).objective
+    for scale in (1.0, 1e3):  # small and large losses: growth is strong in the second
+        menu = replace(base.menu, losses=base.menu.losses * scale)
+        fit = replace(base.fit, flips=flips, scales=(1.3, 0.8)[: len(base.fit.scales)])
+        objective = Objective(menu, fit, base.weights)
+        choice = np.arange(len(menu.items)) % 4
+        slope = objective.linear(choice)
+        for item in (0, len(choice) // 2, len(choice) - 1):
+            step = 1e-4
+            for f in (0, 1, 2):
+                bumped = menu.losses.copy()
+                bumped[item, choice[item]] += step * menu.losses[item, f]
+                other = Objective(replace(menu, losses=bumped), fit, base.weights)
+                rise = (other.mean(choice) - objective.mean(choice)) / step
+                assert rise == pytest.approx(slope[item, f], rel=2e-3)

@@ -58,7 +58,7 @@ def explain(planned: Planned, pattern: str) -> list[Explanation]:
     bits = "bits" in planned.plan.asked
     cost = menu.bits if bits else menu.nbytes
     objective = planned.evidence.objective
-    loss = objective.linear(objective.sums(planned.choice).sum(axis=1))
+    loss = objective.linear(planned.choice)
     price = marginal_price(loss, cost, planned.choice)
     return [
         _explanation(planned, i, loss[i], cost[i], price, "bit" if bits else "byte") for i in items

@@ -4,29 +4,26 @@ Predicted KL on dataset d (`calibrate/predict`):
 
     KL_d = sum_k a_k s_kd + b sqrt(S_d),   s_kd: losses of kind k's sites, S_d = sum_k s_kd
 
-What is minimised is the mean of KL_d over datasets [ours]. The square root makes it concave in the
-losses; it lies under its tangent at any point S0,
-
-    sqrt(S) <= sqrt(S0) + (S - S0) / (2 sqrt(S0))
-
-so with the weight a_k + b / (2 sqrt(S0_d)) per unit of loss the problem is linear, and its solution
-is no worse than the point the tangent was taken at. A few rounds reach a fixed point.
+with s grown by what else is wrong. What is minimised is the mean of KL_d over datasets [ours], by
+linear problems: the first counts losses alone, each further one has the tangent at the last
+solution, and the best plan met is kept. A few rounds reach a fixed point.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from bitnest.calibrate.predict import Fit
+from bitnest.calibrate.predict import GROWTH, KAPPA, Fit, depths, growth, moves
 from bitnest.errors import RecipeError
 from bitnest.quantize.allocation.exact import solve_exact
 from bitnest.quantize.allocation.menu import DROP, Menu
 from bitnest.quantize.allocation.problem import Problem, Solution
 from bitnest.quantize.allocation.solver import solve
 
-ROUNDS = 6
+ROUNDS = 8
 TINY = 1e-12
 
 
@@ -38,17 +35,27 @@ class Objective:
     fit: Fit
     weights: np.ndarray
 
-    def sums(self, choice: np.ndarray) -> np.ndarray:
-        """Raw losses per label and kind, (L, K); a dropped expert counts once."""
+    def own(self, choice: np.ndarray) -> np.ndarray:
+        """Raw losses per item and label, (N, L); a dropped expert counts once."""
         own = self.menu.losses[np.arange(len(choice)), choice].copy()
         for group in self.menu.experts:
             items = list(group)
             if all(self.menu.formats[choice[i]] == DROP for i in items):
                 own[items[0]] = own[items].max(axis=0)
                 own[items[1:]] = 0.0
+        return own
+
+    def sums(self, choice: np.ndarray) -> np.ndarray:
+        """Losses per label and kind, grown with each other, (L, K)."""
+        own = self.own(choice)
         totals = np.zeros((len(self.menu.kinds), own.shape[1]))
-        np.add.at(totals, self.menu.kind, own)
+        np.add.at(totals, self.menu.kind, own * growth(own.sum(axis=0), self.depth))
         return totals.T
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """Of every item, (N,)."""
+        return depths([item[0] for item in self.menu.items])
 
     def kl(self, choice: np.ndarray) -> np.ndarray:
         """Predicted KL per label, (L,)."""
@@ -58,16 +65,31 @@ class Objective:
         """Weighted mean over labels."""
         return float(self.kl(choice) @ self.weights)
 
-    def linear(self, total: np.ndarray) -> np.ndarray:
-        """Loss (N, F) in one unit, with tangents at raw sums `total` (L,)."""
-        kind = np.array(self.fit.scales)[self.menu.kind]
-        bend = np.where(total > TINY, self.fit.flips / (2 * np.sqrt(np.maximum(total, TINY))), 0.0)
-        slope = kind[:, None] + bend
+    def linear(self, choice: np.ndarray | None) -> np.ndarray:
+        """Loss (N, F) in one unit: the objective's tangent at a choice, or at no loss at all.
+
+        With g_i the growth of item i at total T, c_i = a_k(i) + b / (2 sqrt(S)), S the grown sum,
+
+            dKL / ds_i = c_i g_i + sum_j c_j s_j dg_j / dT
+        """
+        kind = np.array(self.fit.scales)[self.menu.kind][:, None]
+        if choice is None:
+            slope = np.broadcast_to(kind, (len(kind), self.menu.losses.shape[2]))
+        else:
+            own = self.own(choice)
+            total = own.sum(axis=0)
+            grown = growth(total, self.depth)
+            counted = moves(self.menu.kinds)[self.menu.kind][:, None]
+            reached = np.maximum((own * grown * counted).sum(axis=0), TINY)
+            each = kind + counted * self.fit.flips / (2 * np.sqrt(reached))
+            power = GROWTH * (1 - self.depth[:, None])
+            faster = grown * power * KAPPA / (1 + KAPPA * total)
+            slope = each * grown + (each * own * faster).sum(axis=0)
         return np.asarray((self.menu.losses * (slope * self.weights)[:, None, :]).sum(axis=2))
 
-    def problem(self, cost: np.ndarray, budget: int, total: np.ndarray) -> Problem:
-        """The linear problem with tangents at raw sums `total` (L,)."""
-        loss = self.linear(total)
+    def problem(self, cost: np.ndarray, budget: int, choice: np.ndarray | None) -> Problem:
+        """The linear problem whose tangent lies at a choice."""
+        loss = self.linear(choice)
         return Problem(cost, loss, budget, self.menu.bundles(loss))
 
     def minimise(self, cost: np.ndarray, budget: int, *, exact: bool = False) -> Solution:
@@ -80,16 +102,13 @@ class Objective:
             BudgetError: the cheapest choices are over the budget.
         """
         solver = solve_exact if exact else solve
-        total = np.zeros(self.menu.losses.shape[2])
+        at: np.ndarray | None = None
         best: Solution | None = None
         for _ in range(ROUNDS):
-            found = solver(self.problem(cost, budget, total))
+            found = solver(self.problem(cost, budget, at))
             if best is not None and self.mean(found.choice) >= self.mean(best.choice) * (1 - 1e-9):
                 break
-            best = found
-            total = self.sums(found.choice).sum(axis=1)
-            if self.fit.flips == 0:
-                break
+            best, at = found, found.choice
         assert best is not None
         return best
 

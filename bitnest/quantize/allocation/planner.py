@@ -276,8 +276,7 @@ class Planner:
         menu = evidence.menu
         cost = menu.bits if budget.bits is not None else menu.nbytes
         spent = max(spend, int(cost[np.arange(len(choice)), choice].sum()))
-        total = evidence.objective.sums(choice).sum(axis=1)
-        problem = evidence.objective.problem(cost, spent, total)
+        problem = evidence.objective.problem(cost, spent, choice)
         found = (solve_exact if self.exact else solve)(problem)
         loss = problem.loss_of(choice)
         return max(0.0, (loss - found.bound) / loss) if loss > 0 else 0.0
