@@ -13,8 +13,7 @@ trap 'exit 130' INT TERM
 
 say() { printf '\n$ %s\n' "$*"; "$@"; }
 
-say "$BIN/bitnest" analyze demo -o "$OUT/demo-statistics" --format int2-g128 --format int3-g128 \
-    --format int4-g128 --format int5-g128 --format int6-g128 --quiet
+say "$BIN/bitnest" analyze demo -o "$OUT/demo-statistics" --quiet
 say "$BIN/bitnest" compress demo --bits 3.5 --statistics "$OUT/demo-statistics" -o "$OUT/demo-3.5"
 say "$BIN/bitnest" compress demo --format int4-g128 -o "$OUT/demo-int4" --quiet
 say "$BIN/bitnest" compress demo --format int3-g128 -o "$OUT/demo-int3" --quiet

@@ -41,7 +41,9 @@ Ends = typer.Option(
     "--ends/--no-ends",
     help="Plan embedding and head too (default: with --size, --max-kl, --min-agreement).",
 )
-Exact = typer.Option(False, "--exact", help="Prove the optimum by integer programming.")
+Exact = typer.Option(
+    False, "--exact", help="Solve each linear problem to a proven optimum, by integer programming."
+)
 
 
 def remark(model: str, statistics: Path | None) -> None:
