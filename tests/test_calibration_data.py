@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bitnest import api, demo
+from bitnest.api import texts as api_texts
 from bitnest.calibrate import dedup, sources
 from bitnest.calibrate.data import CalibrationSet, DataSource, calibration_windows, parse_source
 from bitnest.calibrate.dedup import document_digest, draw_windows
@@ -210,7 +211,7 @@ def test_tokens_without_duplicates_are_those_drawn_before_there_was_deduplicatio
 
 def test_embedded_text_calibrates_as_it_always_has() -> None:
     tokenizer = api.load_tokenizer("demo")
-    found = api._calibration(tokenizer, api._sources(()), 64, 512, 0)
+    found = api_texts.calibration_set(tokenizer, api_texts.sources(()), 64, 512, 0)
     assert found.counts == {"demo": 64}
     assert found.sha256 == "6a833a99d2d07a1651c1b9ed004862490ef5809966010b6bb5fdf1de278597de"
     assert found.sources[0].source == str(demo.calibration_text())
@@ -512,7 +513,9 @@ def test_packing_is_asked_for_by_name_and_reported(tmp_path: Path) -> None:
     assert all(first % 100 == 1 for first in found.tokens[:, 0].tolist())
     assert (found.sources[0].windows, found.sources[0].available) == (6, 66)
     assert calibrate(source).packing == "join"
-    same = api._calibration(Numbers(), api._sources([source]), 4, 8, 0, pack="documents")
+    same = api_texts.calibration_set(
+        Numbers(), api_texts.sources([source]), 4, 8, 0, pack="documents"
+    )
     assert same.sha256 == found.sha256
 
 

@@ -1,5 +1,6 @@
 """The collector, the memory plan and the refit at the edges that real models reach rarely."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +77,7 @@ def test_an_expert_starved_in_one_projection_only_is_counted() -> None:
     records = [record("gate_up_proj", 256), record("down_proj", 32)]
     manifest = {"files": {}, "recipe": {"min_tokens": None}, "source": {"bytes": 1}}
     artifact = SimpleNamespace(
-        records=records, packed=lambda: records, manifest=manifest, path="there"
+        records=records, packed=lambda: records, manifest=manifest, path=Path()
     )
     result = summarise(artifact)  # type: ignore[arg-type]
     assert (result.starved, result.experts) == (1, 1)
