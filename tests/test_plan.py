@@ -135,6 +135,8 @@ def test_a_plan_of_another_model_is_refused_by_its_rule() -> None:
         ("plan: 1\nrules: none\n", 2, "list"),
         ("plan: 1\nmodel: !!python/object:os.system {}\nrules: []\n", 2, "plain"),
         ("plan: 1\nrules:\n- a: int4-g128\n  b: [\n", 5, "YAML"),
+        ("plan: 1\nmodel: 2024-02-30\nrules: []\n", 2, "plain"),
+        ("plan: 1\nasked: {when: !!int abc}\nrules: []\n", 2, "plain"),
     ],
 )
 def test_mistakes_are_found_with_their_line(text: str, line: int, word: str) -> None:
@@ -200,9 +202,30 @@ def test_a_recipe_s_values_and_what_the_command_line_overrides(tmp_path: Path) -
         ("fit: gptq\n", 1),
         ("candidates: int4-g128\n", 1),
         ("budget: {min_agreement: most}\n", 1),
+        ("budget: {bits: 2024-02-30}\n", 1),
+        ("fit:\n  damp: 0.01\n  damp: 0.5\n", 3),
+        ("fit: {[a]: 0.01}\n", 1),
+        ("budget:\n  context: -500\n", 2),
     ],
 )
 def test_mistakes_in_recipes_are_found_with_their_line(text: str, line: int) -> None:
     with pytest.raises(BitnestError) as caught:
         parse_recipe(text, "r.yaml")
     assert caught.value.where == f"r.yaml:{line}"
+
+
+def test_numbers_that_yaml_takes_for_words() -> None:
+    assert parse_recipe("budget: {max_kl: 1e-2}\n") == {"max_kl": 0.01}
+
+
+@pytest.mark.parametrize("text", ["plan: 1\nrules: " + "[" * 3000, "asked: " + "[" * 3000])
+def test_files_nested_too_deep(text: str) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_text(text)
+
+
+def test_a_plan_is_not_written_over_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    with pytest.raises(PlanError):
+        Plan.of({"a": "int4-g128"}).write(tmp_path / "d")
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]

@@ -418,3 +418,105 @@ def test_the_tangent_is_the_gradient_of_the_prediction(
                 other = Objective(replace(menu, losses=bumped), fit, base.weights)
                 rise = (other.mean(choice) - objective.mean(choice)) / step
                 assert rise == pytest.approx(slope[item, f], rel=2e-3)
+
+
+@pytest.mark.parametrize("policy", ["bitnest", "uniform", "mxmoe"])
+def test_no_size_falls_back_to_the_coarsest_plan(policy: str, moe: Path, found: Statistics) -> None:
+    """A solve that ends a few bytes over once gave int2 everywhere."""
+    plans = planner(moe, found, ends=False)
+    low, high = (plans.plan(Budget(bits=b)).sizes.total for b in (2.0, 8.0))
+    step = 64 * 64 // 8  # of one bit on the largest matrix
+    for size in range(low + 3 * step, high, (high - low) // 41):
+        planned = plans.plan(Budget(size=size), policy)
+        assert size - 4 * step <= planned.sizes.total <= size
+
+
+def test_a_cache_is_part_of_the_size_that_targets_are_compared_at(
+    moe: Path, found: Statistics
+) -> None:
+    plain = api.plan(moe, statistics=found.path, size=300_000, target="vllm-cuda")
+    cache = cache_bytes(planner(moe, found).job.skeleton.model.config, 64)
+    beside = api.plan(
+        moe, statistics=found.path, size=300_000 + cache, context=64, target="vllm-cuda"
+    )
+    assert plain.plan.rules == beside.plan.rules
+    one, two = (
+        api.constraint_cost(moe, p, target="vllm-cuda", statistics=found.path)
+        for p in (plain, beside)
+    )
+    assert one["kl"] == pytest.approx(two["kl"], rel=0.2)
+
+
+def test_dense_weights_count_in_the_average(moe: Path, found: Statistics) -> None:
+    planned = planner(moe, found, "vllm-cpu").plan(Budget(bits=12.0))
+    assert 10 < planned.bits <= 12 and 0.3 < planned.dense < 1
+
+
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"format": "int4-g32", "target": "vllm-cpu"},
+    {"format": "int4-g32", "policy": "mcmoe"},
+    {"format": "int4-g32", "bits": 3},
+    {"group": 32, "candidates": ("int4-g32",)},
+    {"bits": 3, "check": ("text.txt",)},
+    {"max_kl": 0.1, "policy": "mcmoe"},
+    {"max_kl": 0.1, "bits": 3},
+    {"size": 100_000, "context": -5},
+    {"plan": Plan(()), "exact": True},
+    {"plan": Plan(()), "bits": 3},
+]
+
+
+@pytest.mark.parametrize("options", CONTRADICTIONS, ids="+".join)
+def test_options_that_would_say_nothing_are_refused(
+    options: dict[str, Any], moe: Path, found: Statistics, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        api.compress(moe, tmp_path / "a", statistics=found.path, **options)
+    assert caught.value.hint and not list(tmp_path.iterdir())
+
+
+def test_an_output_in_the_way_is_seen_before_anything_is_measured(
+    moe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.txt").write_text("mine")
+    for dial in ({"bits": 3}, {"max_kl": 0.1}):
+        with pytest.raises(BitnestError, match="in the way"):
+            api.compress(moe, tmp_path / "a", data=[f"text={text}"], **SMALL, **dial)
+    with pytest.raises(BitnestError):
+        api.compress(moe, tmp_path / "b", data=[f"text={text}"], max_kl=0.1,
+                     check=["nowhere.txt"], **SMALL)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_tries_of_a_killed_run_with_other_inputs_are_no_hindrance(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"statistics": found.path, "data": [f"text={text}"], "max_kl": 0.05}
+    first = planner(moe, found).plan(Budget(kl=0.05))
+    asked = replace(first.plan, asked={"max_kl": 0.05})
+    stale = tmp_path / ".a.tries" / asked.digest
+    api.compress(moe, stale, format="int4-g32", data=[f"text={text}"], **SMALL)
+    done = api.compress(moe, tmp_path / "a", **options, **SMALL)
+    assert done.plan is not None and done.plan["asked"] == {"max_kl": 0.05}
+    assert not list(tmp_path.glob(".a*"))
+
+
+def test_a_plan_is_held_against_its_own_target(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plan = api.plan(moe, statistics=found.path, bits=5.0, target="vllm-cuda").plan
+    edited = Plan.from_text(
+        plan.to_text() + "- model.layers.0.self_attn.q_proj: int2-g32\n", "p.yaml"
+    )
+    with pytest.raises(TargetError, match="one format"):
+        api.compress(moe, tmp_path / "a", plan=edited, data=[f"text={text}"], **SMALL)
+    with pytest.raises(PlanError, match="abacus"):
+        api.compress(moe, tmp_path / "a", plan=replace(edited, target="abacus"),
+                     data=[f"text={text}"], **SMALL)  # fmt: skip
+    nothing = Plan.from_text(plan.to_text() + "- nothing.here: int2-g32\n", "p.yaml")
+    with pytest.raises(RecipeError) as caught:
+        api.compress(moe, tmp_path / "a", plan=nothing, data=[f"text={text}"], **SMALL)
+    assert caught.value.where.startswith("p.yaml:")
+    assert not list(tmp_path.iterdir())

@@ -190,7 +190,7 @@ def check_texts(texts: Sequence[str]) -> None:
     from bitnest.calibrate.sources import load_texts, parse_source
 
     for text in texts:
-        load_texts(parse_source(text).source)
+        next(iter(load_texts(parse_source(text).source)), None)
 
 
 def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:
