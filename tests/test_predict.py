@@ -45,7 +45,8 @@ def raw_sums(count: int, seed: int = 0) -> np.ndarray:
 
 
 def formula(raw: np.ndarray, scales: Sequence[float], flips: float) -> np.ndarray:
-    return np.asarray(raw @ np.array(scales) + flips * np.sqrt(raw.sum(1)))
+    moved = raw @ np.array([5.0, 1.0])  # attention counts five times where routers choose
+    return np.asarray(raw @ np.array(scales) + flips * np.sqrt(moved))
 
 
 # the fit
@@ -216,12 +217,14 @@ def test_a_plan_costs_what_the_formula_says(tmp_path: Path) -> None:
         for d, label in enumerate(("books", "code")):
             total = sum(losses[i, f, d] for i, f in enumerate(plan))
             early = (1 + 13.0 * total) ** 0.87  # of block 0 of two; the last does not grow
-            raw = sum(
+            grown = [
                 losses[i, f, d] * (early if fitted.sites[i].layer == 0 else 1.0)
                 for i, f in enumerate(plan)
-            )
+            ]
+            kinds = [5.0 if site.kind == "attention" else 1.0 for site in fitted.sites]
+            raw, moved = sum(grown), float(np.dot(grown, kinds))
             assert found.raw[label] == pytest.approx(raw)
-            assert found.kl[label] == pytest.approx(1.5 * raw + 0.03 * raw**0.5, rel=1e-3)
+            assert found.kl[label] == pytest.approx(1.5 * raw + 0.03 * moved**0.5, rel=1e-3)
         assert found.mean == pytest.approx(sum(found.kl.values()) / 2)
         low, high = found.interval
         assert low <= found.mean <= high and high / low < 1.01

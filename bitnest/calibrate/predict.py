@@ -7,11 +7,13 @@ A plan gives every site a candidate format. Its raw loss on dataset d is a sum o
 to second order, with gradients and inputs independent and sites not interacting. What that leaves
 out is fitted to probes, whose KL was measured [ours]:
 
-    KL_d ~ sum_k a_k s_kd + b sqrt(sum_k s_kd)
+    KL_d ~ sum_k a_k s_kd + b sqrt(sum_k m_k s_kd)
 
 a_k corrects each kind (attention, expert ...). The square root is what choosing experts adds: the
 chance that the k-th and the (k+1)-th change places grows with the size of a perturbation, not with
-its square, and what a changed place costs does not depend on it. Dense models have no such term.
+its square, and what a changed place costs does not depend on it. What every token passes on its way
+to a router moves it more than one expert's error does: m_k is 1 for experts, NEARER for others
+[ours; fitted to measured plans], 0 for the head. Dense models have no such term.
 A head of its own moves no router: it is left out of the root.
 The terms are not independent either: what an early layer gets wrong passes through later ones that
 are wrong too. With T_d the sum of all losses and x the depth of a site's layer, 0 for the first
@@ -61,6 +63,7 @@ from bitnest.statistics import Statistics
 
 RIDGE = 0.3  # weight of log a_k - mean log a, against residuals of log KL
 LEAST = 1e-12  # nats: below it a KL is rounding
+NEARER = 5.0  # to a router's choice is what every token passes, than one expert
 KAPPA, GROWTH = 13.0, 0.87  # of early errors with everything that is wrong
 DRAWN = 0.35  # of an expert's loss that its group decides
 
@@ -88,7 +91,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Fit:
-    """KL_d ~ sum_k scale_k s_kd + flips * sqrt(sum_k s_kd).
+    """KL_d ~ sum_k scale_k s_kd + flips * sqrt(sum_k m_k s_kd).
 
     scales: per kind. error: standard deviation of the left-out log ratios, in a Predictor's fit
     with what other windows would have measured. probes: how many it was fitted to; with none,
@@ -363,8 +366,8 @@ def _typical(sites: Sequence[Site]) -> tuple[int, int]:
 
 
 def moves(kinds: Sequence[str]) -> np.ndarray:
-    """1 for kinds whose errors reach a router."""
-    return np.array([float(kind != "head") for kind in kinds])
+    """How much each kind's losses count where routers change their choice, (K,)."""
+    return np.array([0.0 if k == "head" else 1.0 if k == "expert" else NEARER for k in kinds])
 
 
 def _choice(plan: Sequence[int | None]) -> np.ndarray:
