@@ -520,3 +520,17 @@ def test_a_plan_is_held_against_its_own_target(
         api.compress(moe, tmp_path / "a", plan=nothing, data=[f"text={text}"], **SMALL)
     assert caught.value.where.startswith("p.yaml:")
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_are_found_name_the_text_to_calibrate_on(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned on one text and fitted to the embedded one is what no one asked for."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(found.path, tmp_path / f"{moe.name}-statistics")
+    done = api.compress(moe, tmp_path / "a", bits=4, **SMALL)
+    calibration = Artifact.open(done.path).manifest["calibration"]
+    assert set(calibration["sources"]) == {"text"}
+    assert calibration["sha256"] == found.header["fingerprint"]["calibration"]

@@ -127,8 +127,10 @@ def compress(
         return maker.carry_out(job, statistics)
     if plan is not None:
         return maker.planned(job, _opened(plan), rules, statistics)
-    check_out(maker.out, statistics or default_statistics(model))
-    job = maker.calibrated(job, statistics, force=True)
+    place = Path(statistics or default_statistics(model))
+    check_out(maker.out, place)
+    # statistics that are there name the text, whether they were named or found
+    job = maker.calibrated(job, place if statistics or is_statistics(place) else None, force=True)
     if dials.measured:
         check_texts(check)
     if not dials.given:
@@ -140,7 +142,6 @@ def compress(
         trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
         checked=True,
     )  # fmt: skip
-    where = statistics or default_statistics(model)
     found = first_plan(planner, dials, policy)
     before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                       length=length, out=maker.out)  # fmt: skip
@@ -150,9 +151,9 @@ def compress(
     if dials.measured:
         from bitnest.api.refine import refine
 
-        result = refine(maker, job, planner, dials, check or data, where, before.to_json())
+        result = refine(maker, job, planner, dials, check or data, place, before.to_json())
     else:
-        result = maker.planned(job, found.plan, [], where)
+        result = maker.planned(job, found.plan, [], place)
     forecast = result.forecast or before.to_json()
     return replace(result, forecast=forecast, peak_memory=peak_resident())
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from bitnest.cli import dials
 from bitnest.cli.options import Json, Quiet, Remote, parse_size
 from bitnest.errors import RecipeError
-
-if TYPE_CHECKING:
-    from bitnest.quantize.allocation.planned import Planned
 
 
 def command(
@@ -212,8 +209,3 @@ def _latency(path: Path | None) -> dict[str, float] | None:
             "cannot read the table of latencies", where=str(path),
             hint='a JSON object, format: seconds per weight, such as {"int4-g128": 1e-11}',
         ) from error  # fmt: skip
-
-
-def planned_bits(planned: Planned) -> str:
-    """Width in words."""
-    return f"{planned.bits:.4g} bits, {planned.bits_per_weight:.3f} with scales"

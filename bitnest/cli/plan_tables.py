@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bitnest.cli.render import size, wide_console
 from bitnest.errors import RecipeError
 from bitnest.patterns import matcher
@@ -211,9 +209,3 @@ def frontier(found: Frontier) -> None:
     console = wide_console(table)
     console.print(table)
     console.print("KL: predicted mean, nats per token", highlight=False)
-
-
-def mean_width(planned: Planned, rows: np.ndarray) -> float:
-    """Average code width of some items."""
-    weights = planned.menu.numel[rows].sum()
-    return float(planned.menu.bits[rows, planned.choice[rows]].sum() / weights)

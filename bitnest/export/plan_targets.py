@@ -27,7 +27,7 @@ from bitnest.formats.zero import ZeroFormat
 from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
 from bitnest.sites import Site
-from bitnest.targets import Target, each_alone
+from bitnest.targets import Target
 
 NATIVE = (
     "int1-g128@had64", "int2-g128@had64", "int3-g128@had64", "int4-g128@had64", "int5-g128@had64",
@@ -140,6 +140,3 @@ def _grouped(sites: Sequence[Site], keys: Mapping[str, str]) -> list[list[Site]]
     for site in sites:
         groups.setdefault(keys[site.name], []).append(site)
     return list(groups.values())
-
-
-__all__ = ["TARGETS", "each_alone", "open_target"]

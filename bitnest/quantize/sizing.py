@@ -39,7 +39,7 @@ SHA = "0" * 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes. codes: packed tensors' codes and scales. dense: tensors kept as they are. headers: of
+    """Bytes. packed: codes and scales. dense: tensors kept as they are. headers: of
     safetensors files. manifest: bitnest.json. other: config, index, tokenizer and further copies.
     cache: of keys and values at the context asked for."""
 

@@ -9,14 +9,15 @@ lose what dropping the last one loses, since nothing of the others is left to lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from bitnest.errors import RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
+from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
@@ -139,7 +140,7 @@ def build_menu(
         StatisticsError: a fixed format without losses. RecipeError: an item left without a format.
     """
     names = (*formats, "dense")
-    parsed = [_sized(parse_format(name), itemsize) for name in names]
+    parsed = [sized(parse_format(name), itemsize) for name in names]
     dense = np.zeros((len(sites), 1, losses.shape[2]))
     raw = np.concatenate([losses, dense], axis=1)
     nbytes, bits = _sizes(sites, parsed)
@@ -204,7 +205,3 @@ def _fix(raw: np.ndarray, sites: list[str], names: Sequence[str], site: str, wan
         )
     others = [f for f, name in enumerate(names) if name != wanted]
     raw[sites.index(site), others] = np.inf
-
-
-def _sized(fmt: AnyFormat, itemsize: int) -> AnyFormat:
-    return replace(fmt, itemsize=itemsize) if isinstance(fmt, DenseFormat) else fmt

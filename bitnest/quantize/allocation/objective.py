@@ -2,7 +2,7 @@
 
 Predicted KL on dataset d (`calibrate/predict`):
 
-    KL_d = sum_k a_k s_kd + b sqrt(S_d),   s_kd: losses of kind k's sites, S_d = sum_k s_kd
+    KL_d = sum_k a_k s_kd + b sqrt(S_d),   s_kd: losses of kind k's sites, S_d = sum_k m_k s_kd
 
 with s grown by what else is wrong. What is minimised is the mean of KL_d over datasets [ours], by
 linear problems: the first counts losses alone, each further one has the tangent at the last
