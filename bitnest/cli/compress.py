@@ -114,9 +114,10 @@ def command(
         plan_tables.summary(planned, before, None)
 
     out_dir = out or Path(default_name(model, values))
-    if not values["data"] and statistics is None and method != "rtn" and not quiet:
-        say("calibrating on the embedded text; your own, by --data, fits your use better")
     uniform = values["format"] or values["group"] or values["plan"] or values["method"] == "rtn"
+    known = values["statistics"] or (not uniform and dials.found(model))
+    if not values["data"] and not known and values["method"] != "rtn" and not quiet:
+        say("calibrating on the embedded text; your own, by --data, fits your use better")
     if not uniform and not quiet:
         dials.remark(model, values["statistics"])
     with Bars(quiet) as bars:
@@ -125,9 +126,9 @@ def command(
             trust_remote_code=trust_remote_code, progress=bars,
             announce=None if quiet else announce,
         )  # fmt: skip
-    if data and not result.calibrated and not quiet:
+    if values["data"] and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
-    if method == "rtn" and not quiet:
+    if values["method"] == "rtn" and not quiet:
         _warn_without_compiler(device)
     if json:
         print_json(result.to_json())

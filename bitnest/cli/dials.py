@@ -46,17 +46,24 @@ Exact = typer.Option(
 )
 
 
+def found(model: str) -> bool:
+    """Whether statistics of the model lie where they are looked for."""
+    from bitnest.api.planning import default_statistics
+    from bitnest.statistics import is_statistics
+
+    return is_statistics(default_statistics(model))
+
+
 def remark(model: str, statistics: Path | None) -> None:
     """Say which statistics are about to be used or made when none were named, on stderr."""
     from bitnest.api.planning import default_statistics
     from bitnest.cli.render import say
-    from bitnest.statistics import is_statistics
 
     if statistics is None:
         place = default_statistics(model)
         say(
             f"planning with the statistics in {place}"
-            if is_statistics(place)
+            if found(model)
             else f"measuring the model first, into {place}; further plans reuse it"
         )
 
