@@ -140,6 +140,8 @@ def check(report: EvalReport, expected: dict[str, object]) -> None:
     assert score.perplexity == pytest.approx(math.exp(score.nll))
     assert score.nll_error == pytest.approx(expected["error"], abs=2e-5)
     assert score.kl.mean == pytest.approx(float(kl.mean()), rel=1e-4, abs=1e-6)
+    spread = float(kl.view(-1, 32).mean(1).std()) / math.sqrt(len(kl) / 32)
+    assert score.kl.error == pytest.approx(spread, rel=1e-3, abs=1e-6)
     assert score.kl.max == pytest.approx(float(kl.max()), rel=1e-3, abs=1e-5)
     for share, found in ((0.5, score.kl.median), (0.9, score.kl.p90), (0.99, score.kl.p99)):
         assert found == pytest.approx(float(kl.quantile(share)), rel=1e-3, abs=1e-5)

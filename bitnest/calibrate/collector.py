@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitnest.calibrate.hooks import Hooked
 from bitnest.kernels.experts import Weights, experts_forward
 
 
@@ -91,7 +91,7 @@ class Routed:
         return self._states[: self._filled], torch.cat(self._index), torch.cat(self._gates)
 
 
-class Collector:
+class Collector(Hooked):
     """Hooks on one block; use as a context manager around the forward passes.
 
     hessians: module name -> Hessian, one object shared by modules that read the same tensor.
@@ -104,12 +104,12 @@ class Collector:
         experts: Iterable[tuple[str, nn.Module]],
         routed: Callable[[], Routed],
     ) -> None:
+        super().__init__()
         self.hessians: dict[str, Hessian] = {}
         self.routed: dict[str, Routed] = {}
         self._linears = list(linears)
         self._experts = list(experts)
         self._new_routed = routed
-        self._undo: list[Callable[[], None]] = []
         self._first: dict[tuple[int, int, int], tuple[str, torch.Tensor]] | None = {}
         self._leaders: set[str] = set()
         self._experts_ran = False
@@ -124,16 +124,6 @@ class Collector:
             module.forward = self._recorder(name, module)
             self._undo.append(partial(delattr, module, "forward"))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
 
     def after_batch(self) -> None:
         """Tell the collector that a batch is through: who shares whose input is known now."""

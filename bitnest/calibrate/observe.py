@@ -25,13 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitnest.calibrate.collector import add_moment, dense_weights
+from bitnest.calibrate.hooks import Hooked
 from bitnest.calibrate.moments import Moments
 from bitnest.kernels.experts import ExpertPass, experts_forward
 from bitnest.kernels.moments import add_logits, add_outputs
@@ -88,7 +88,7 @@ class ExpertSums:
         return self.up.tokens
 
 
-class Observer:
+class Observer(Hooked):
     """Hooks on one block; a context manager around forward passes.
 
     inputs: leader's name -> Input. fused: experts module name -> ExpertSums. rows: experts module
@@ -108,6 +108,7 @@ class Observer:
     ) -> None:
         """labels: how many. full: sum Hessians, of the experts that `experts` accepts. weighting:
         of tokens in an expert's Hessian. sample: ascending token numbers to keep in `rows`."""
+        super().__init__()
         self.inputs: dict[str, Input] = {}
         self.fused: dict[str, ExpertSums] = {}
         self.rows: dict[str, list[torch.Tensor]] = {}
@@ -119,7 +120,6 @@ class Observer:
         self._leaders: dict[str, str] = {}
         self._alive: dict[tuple[int, int, int], tuple[str, torch.Tensor]] = {}
         self._learning = True
-        self._undo: list[Callable[[], None]] = []
         self._label, self._start, self._fit = 0, 0, True
 
     def __enter__(self) -> Observer:
@@ -133,16 +133,6 @@ class Observer:
                     module.register_forward_pre_hook(partial(self._read, name)).remove
                 )
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
 
     def before_batch(self, label: int, start: int, *, fit: bool = True) -> None:
         """The next batch holds samples of dataset `label`; its first token has number `start`.

@@ -35,9 +35,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(base || model) over predictions in nats, and the share with the same largest logit."""
+    """KL(base || model) over predictions in nats, and the share with the same largest logit.
+
+    error: standard error of `mean`, from the spread of the windows' means; None for one window. It
+    is large where a few tokens hold most of the KL, as changed routes of an MoE do."""
 
     mean: float
+    error: float | None
     median: float
     p90: float
     p99: float
@@ -102,12 +106,12 @@ def score(text: Text, tokens: Tokens) -> Score:
     Percentiles interpolate linearly between predictions.
     """
     nll = float(tokens.nll.mean())
-    means = tokens.nll.view(text.windows, -1).mean(1)
-    error = float(means.std()) / math.sqrt(text.windows) if text.windows > 1 else None
+    error = _error(tokens.nll, text.windows)
     kl = None
     if tokens.kl is not None and tokens.same is not None:
         kl = Divergence(
             mean=float(tokens.kl.mean()),
+            error=_error(tokens.kl, text.windows),
             median=_percentile(tokens.kl, 0.5),
             p90=_percentile(tokens.kl, 0.9),
             p99=_percentile(tokens.kl, 0.99),
@@ -116,6 +120,13 @@ def score(text: Text, tokens: Tokens) -> Score:
         )
     perplexity = math.exp(nll) if nll < math.log(torch.finfo(torch.float64).max) else math.inf
     return Score(text.label, perplexity, nll, error, kl)
+
+
+def _error(values: torch.Tensor, windows: int) -> float | None:
+    """Standard error of the mean: tokens of one window are not independent, windows are."""
+    if windows < 2:
+        return None
+    return float(values.view(windows, -1).mean(1).std()) / math.sqrt(windows)
 
 
 def _percentile(values: torch.Tensor, share: float) -> float:

@@ -11,13 +11,13 @@ the others, and need not know n beforehand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitnest.calibrate.collector import Collector, expert_tokens
+from bitnest.calibrate.hooks import Hooked
 from bitnest.kernels.experts import down_input, up_name
 from bitnest.quantize.block import ExpertInputs
 from bitnest.quantize.compare.select import GOLDEN
@@ -55,33 +55,23 @@ class RowSample:
         self.rows = (torch.cat([self.rows, rows]) if len(self.rows) else rows)[kept.to(x.device)]
 
 
-class Sampler:
+class Sampler(Hooked):
     """Hooks on linear layers, entered after the collector that watches the same ones.
 
     samples: module name -> RowSample, one object shared by modules that read the same tensor.
     """
 
     def __init__(self, linears: Iterable[tuple[str, nn.Module]], collector: Collector) -> None:
+        super().__init__()
         self.samples: dict[str, RowSample] = {}
         self._linears = list(linears)
         self._collector = collector
         self._leaders: dict[int, str] = {}
-        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Sampler:
         for name, module in self._linears:
             self._undo.append(module.register_forward_pre_hook(self._reader(name)).remove)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
 
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
