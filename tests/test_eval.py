@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from bitnest.eval import reference as reference_module
 from bitnest.eval.divergence import compare
 from bitnest.eval.evaluate import evaluate
 from bitnest.eval.logits import Full, Head, Streamed
-from bitnest.eval.render import table
+from bitnest.eval.render import protocol, table
 from bitnest.eval.report import EvalReport
 from bitnest.eval.size import count_parameters
 from bitnest.packed.loading import load_tokenizer
@@ -434,6 +435,20 @@ def test_report_is_json_and_its_table_fits_a_hundred_columns(
     assert max(len(line) for line in shown.splitlines()) <= 100
     for part in ("llama-base (base)", "llama-noisy", "7 windows x 33 tokens", "float32", "PPL"):
         assert part in shown
+
+
+def test_a_vague_kl_is_said_to_be_vague(pairs: dict[str, tuple[Path, Path]], text: str) -> None:
+    base, noisy = pairs["llama"]
+    report = run(noisy, base, text)
+    kl = report.rows[1].scores[0].kl
+    assert kl is not None and kl.error is not None
+
+    def said(share: float) -> bool:
+        other = replace(kl, error=share * kl.mean)
+        row = replace(report.rows[1], scores=(replace(report.rows[1].scores[0], kl=other),))
+        return f"{share:.0%} of the mean" in protocol(replace(report, rows=(report.rows[0], row)))
+
+    assert said(0.43) and not said(0.1)
 
 
 def test_models_without_a_base_have_perplexity_only(

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+VAGUE = 0.2  # of a mean KL that its standard error may be before it is said
+LEAST = 5e-7  # nats: less is shown as 0
 NAME_WIDTH = 16  # characters of a model's name that stay on one line, however narrow the table
 
 
@@ -62,7 +64,7 @@ def _divergence(score: Score) -> list[str]:
 
 
 def _nats(value: float) -> str:
-    return f"{value:.3g}" if abs(value) >= 5e-7 else "0"
+    return f"{value:.3g}" if abs(value) >= LEAST else "0"
 
 
 def _size(nbytes: float) -> str:
@@ -82,6 +84,9 @@ def protocol(report: EvalReport) -> str:
     ]
     if report.base is not None:
         lines.append(f"KL({report.base} || model) in nats per token")
+        worst = _uncertainty(report)
+        if worst > VAGUE:
+            lines.append(f"KL: standard error up to {worst:.0%} of the mean; more --windows help")
     lines.append("bits/weight: all weight bytes over all parameters of the base")
     if report.base is None:
         lines[-1] = "bits/weight: all weight bytes over all parameters"
@@ -90,6 +95,12 @@ def protocol(report: EvalReport) -> str:
             "without LAYER:EXPERT: its gate is 0, its tokens' other gates scaled to the same sum"
         )
     return "\n".join(lines)
+
+
+def _uncertainty(report: EvalReport) -> float:
+    """The largest standard error of a mean KL, relative to it."""
+    found = [score.kl for row in report.rows for score in row.scores if score.kl is not None]
+    return max((kl.error / kl.mean for kl in found if kl.error and kl.mean > LEAST), default=0.0)
 
 
 _SELECTIONS = {"spread": "spread evenly without overlap", "random": "drawn at random"}
