@@ -7,18 +7,19 @@ them. How the numbers are chosen is `quantize/codecs`, how they are decoded `ker
 from bitnest.formats.base import DenseFormat, Format, Part, total_bytes
 from bitnest.formats.block import BlockFormat, integer
 from bitnest.formats.names import parse_format
+from bitnest.formats.nested import NestedFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     CodedFormat,
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
-    block_format,
+    core_format,
 )
 from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
     "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "Format", "LowRankFormat",
-    "PackedFormat", "Part", "TransformedFormat", "ZeroFormat", "block_format", "integer",
-    "parse_format", "total_bytes",
+    "NestedFormat", "PackedFormat", "Part", "TransformedFormat", "ZeroFormat", "core_format",
+    "integer", "parse_format", "total_bytes",
 ]  # fmt: skip

@@ -15,12 +15,13 @@ from bitnest.formats.base import DenseFormat
 from bitnest.formats.block import BlockFormat
 from bitnest.formats.elements import FloatElement, TableElement, TernaryElement
 from bitnest.formats.names import parse_format
+from bitnest.formats.nested import NestedFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
-    block_format,
+    core_format,
 )
 from bitnest.formats.zero import ZeroFormat
 
@@ -147,7 +148,9 @@ def base_family(fmt: PackedFormat) -> str:
     """The family of the format inside its wrappers."""
     if isinstance(fmt, ZeroFormat):
         return "dropped"
-    base = block_format(fmt)
+    base = core_format(fmt)
+    if isinstance(base, NestedFormat):
+        return "nested"
     if base.alias:
         return base.alias[:2]
     if base.scale == "dual":
@@ -163,14 +166,18 @@ def bits_per_weight(fmt: AnyFormat, shape: tuple[int, int] = SHAPE) -> float:
 
 def granularity(fmt: AnyFormat) -> str:
     """What one scale covers: `tensor`, `channel`, `g128`, `b128x128`; empty where there is none."""
-    return "" if isinstance(fmt, DenseFormat | ZeroFormat) else block_format(fmt).grain
+    return "" if isinstance(fmt, DenseFormat | ZeroFormat) else core_format(fmt).grain
 
 
 def scale_kind(fmt: AnyFormat) -> str:
     """The stored form of its scales, with the rule and the zero points where there are such."""
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return ""
-    base = block_format(fmt)
+    base = core_format(fmt)
+    if isinstance(base, NestedFormat):
+        return {"nest": "half, tables", "mat": "half, lines", "mwq": "half per bit, zero"}.get(
+            base.kind, "table per row and width"
+        )
     if base.learned and base.group is None:
         return "table per row"
     kind = base.scale + (f" {base.rule}" if base.rule else "")

@@ -1,12 +1,14 @@
 """Format names: one grammar, read and written.
 
 name      base [@transform]... [+residual], dense or zero
-base      alias | element-grain[-option]...
+base      alias | element-grain[-option]... | nested
 element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
 alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
 transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
+nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel;
+          widths are digits: nest2345678-g128
 residual  lorc<rank>, lqer<rank>, hlr<rank>
 """
 
@@ -26,7 +28,14 @@ from bitnest.formats.elements import (
     TernaryElement,
 )
 from bitnest.formats.minifloat import MiniFloat
-from bitnest.formats.wrappers import AnyFormat, CodedFormat, LowRankFormat, TransformedFormat
+from bitnest.formats.nested import NestedFormat
+from bitnest.formats.wrappers import (
+    AnyFormat,
+    CodedFormat,
+    CoreFormat,
+    LowRankFormat,
+    TransformedFormat,
+)
 from bitnest.formats.zero import ZeroFormat
 
 E4M3, E5M2 = MiniFloat(4, 3), MiniFloat(5, 2)
@@ -64,6 +73,9 @@ _BASE = re.compile(
     r"(?P<asym>-asym)?(?P<balanced>-balanced)?(?P<dict>-dict)?"
     r"(?:-(?P<scale>m1|m2|dq|e8m0|e4m3))?(?:-(?P<rule>ocp|ceil))?"
 )
+_NESTED = re.compile(
+    rf"(?P<kind>nest|mat|mwq|any)(?P<widths>[0-9]{{1,8}})-(?:channel|g(?P<group>{_NUMBER}))"
+)
 _WRAPPER = re.compile(
     r"(?P<mark>[@+])(?P<kind>had|rhad|awq|perm|lorc|lqer|hlr)(?P<number>[1-9][0-9]{0,3})?"
 )
@@ -83,7 +95,7 @@ def parse_format(name: str) -> AnyFormat:
     return _wrap(parse_base(name[:cut], name), name[cut:], name)
 
 
-def parse_base(text: str, whole: str = "") -> BlockFormat:
+def parse_base(text: str, whole: str = "") -> CoreFormat:
     """The format of `text`, which has no wrappers. whole: the name to complain about.
 
     Raises:
@@ -98,6 +110,9 @@ def parse_base(text: str, whole: str = "") -> BlockFormat:
                 hint="the MX formats take -ocp or -ceil, for how the exponent is chosen",
             )
         return replace(fmt, rule=rule)
+    if nested := _NESTED.fullmatch(text):
+        group = int(nested["group"]) if nested["group"] else None
+        return NestedFormat(nested["kind"], tuple(map(int, nested["widths"])), group)
     match = _BASE.fullmatch(text)
     if match is None:
         raise FormatError(f"unknown format '{whole or text}'", hint=_hint(text))
@@ -176,7 +191,7 @@ def _float(match: re.Match[str]) -> MiniFloat:
     return spec
 
 
-def _wrap(fmt: BlockFormat, text: str, whole: str) -> CodedFormat:
+def _wrap(fmt: CoreFormat, text: str, whole: str) -> CodedFormat:
     wrapped: CodedFormat = fmt
     place = 0
     for match in _WRAPPER.finditer(text):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bitnest.formats.base import DenseFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement
-from bitnest.formats.wrappers import AnyFormat, block_format
+from bitnest.formats.nested import NestedFormat
+from bitnest.formats.wrappers import AnyFormat, core_format
 from bitnest.formats.zero import ZeroFormat
 
 NATIVE_SCALES = frozenset({"half", "e8m0", "m1", "e4m3"})
@@ -20,7 +21,9 @@ def native_encoder(fmt: AnyFormat) -> bool:
     """Whether the C encoder rounds to nearest in `fmt`, or in the format inside its wrappers."""
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return False
-    base = block_format(fmt)
+    base = core_format(fmt)
+    if isinstance(base, NestedFormat):
+        return False
     if base.rows != 1 or base.scale not in NATIVE_SCALES:
         return False
     element = base.element

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
 from bitnest.formats.block import BlockFormat
+from bitnest.formats.nested import NestedFormat
 from bitnest.formats.zero import ZeroFormat
 
 TRANSFORMS = ("had", "rhad", "awq", "perm")
@@ -40,7 +41,7 @@ class TransformedFormat:
         FormatError: no such transform.
     """
 
-    base: BlockFormat | TransformedFormat
+    base: BlockFormat | NestedFormat | TransformedFormat
     kind: str
     block: int = 0
 
@@ -102,7 +103,7 @@ class LowRankFormat:
         FormatError: no such kind or rank.
     """
 
-    base: BlockFormat | TransformedFormat
+    base: BlockFormat | NestedFormat | TransformedFormat
     kind: str
     rank: int
 
@@ -153,13 +154,14 @@ class LowRankFormat:
         return total_bytes(self.parts(shape))
 
 
-CodedFormat = BlockFormat | TransformedFormat | LowRankFormat
+CoreFormat = BlockFormat | NestedFormat
+CodedFormat = CoreFormat | TransformedFormat | LowRankFormat
 PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
 
 
-def block_format(fmt: CodedFormat) -> BlockFormat:
+def core_format(fmt: CodedFormat) -> CoreFormat:
     """The format at the core of its wrappers."""
-    while not isinstance(fmt, BlockFormat):
+    while not isinstance(fmt, BlockFormat | NestedFormat):
         fmt = fmt.base
     return fmt

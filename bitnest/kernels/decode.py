@@ -21,6 +21,7 @@ from bitnest.formats import (
     BlockFormat,
     DenseFormat,
     LowRankFormat,
+    NestedFormat,
     TransformedFormat,
     ZeroFormat,
 )
@@ -28,6 +29,7 @@ from bitnest.formats.elements import FloatElement, IntElement, TableElement, Ter
 from bitnest.formats.segments import split_parts
 from bitnest.kernels.hadamard import random_signs, unrotate, whole_block
 from bitnest.kernels.minifloat import decode as decode_minifloat
+from bitnest.kernels.nested import decode_nested
 from bitnest.kernels.packing import unpack_bits
 from bitnest.kernels.scales import unpack_scales
 from bitnest.kernels.segments import unpack_segments
@@ -59,6 +61,8 @@ def decode(
         return torch.zeros(shape, dtype=dtype)
     if isinstance(fmt, BlockFormat):
         return _decode_block(tensors, fmt, shape, dtype)
+    if isinstance(fmt, NestedFormat):
+        return decode_nested(tensors, fmt, shape, dtype)
     weight = decode(tensors, fmt.base, shape)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank(tensors)).to(dtype)

@@ -19,10 +19,17 @@ from dataclasses import replace
 
 import torch
 
-from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, LowRankFormat, ZeroFormat
+from bitnest.formats import (
+    AnyFormat,
+    BlockFormat,
+    DenseFormat,
+    LowRankFormat,
+    NestedFormat,
+    ZeroFormat,
+)
 from bitnest.formats.block import DQ_ROWS
 from bitnest.formats.elements import TernaryElement
-from bitnest.formats.wrappers import block_format
+from bitnest.formats.wrappers import core_format
 from bitnest.kernels.decode import Tensors, decode, low_rank, undo_transform
 from bitnest.kernels.packing import pack_bits
 from bitnest.kernels.scales import unpack_scales
@@ -34,8 +41,10 @@ def row_decodable(fmt: AnyFormat) -> bool:
     """Whether `decode_rows` takes the format."""
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return True
-    element = block_format(fmt).element
-    return not (isinstance(element, TernaryElement) and element.coded)
+    core = core_format(fmt)
+    if isinstance(core, NestedFormat):
+        return True
+    return not (isinstance(core.element, TernaryElement) and core.element.coded)
 
 
 def decode_rows(
@@ -53,6 +62,8 @@ def decode_rows(
     if isinstance(fmt, BlockFormat):
         own, plain = _gathered(tensors, fmt, shape, rows)
         return decode(own, plain, (len(rows), shape[1]), dtype)
+    if isinstance(fmt, NestedFormat):
+        return decode(_nested_rows(tensors, fmt, rows), fmt, (len(rows), shape[1]), dtype)
     weight = decode_rows(tensors, fmt.base, shape, rows)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank({**tensors, "left": tensors["left"][rows]})).to(dtype)
@@ -89,6 +100,20 @@ def _gathered(
         bits = int(fmt.bits)
         own["zeros"] = pack_bits(_zeros(tensors["zeros"], bits, place).T, bits).T
     return own, replace(fmt, scale="half", rows=1, rule="", alias="")
+
+
+def _nested_rows(
+    tensors: Tensors, fmt: NestedFormat, rows: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Parts of the rows alone; what the whole matrix shares as it is."""
+    own = {}
+    for name, tensor in tensors.items():
+        if name == "zeros":
+            bits = fmt.widths[0]
+            own[name] = pack_bits(_zeros(tensor, bits, rows).T, bits).T
+        else:
+            own[name] = tensor[rows] if tensor.dim() == 2 else tensor
+    return own
 
 
 def _scales(tensors: Tensors, fmt: BlockFormat, groups: int, place: torch.Tensor) -> torch.Tensor:

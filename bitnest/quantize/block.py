@@ -30,7 +30,15 @@ from bitnest.calibrate.collector import (
     expert_tokens,
     symmetric,
 )
-from bitnest.formats import AnyFormat, DenseFormat, PackedFormat, ZeroFormat, block_format
+from bitnest.formats import (
+    AnyFormat,
+    BlockFormat,
+    CodedFormat,
+    DenseFormat,
+    PackedFormat,
+    ZeroFormat,
+    core_format,
+)
 from bitnest.kernels.experts import down_input, up_name
 from bitnest.quantize.solve import Options, Solution, needs_statistics, solve, weighted_error
 from bitnest.sites import Site
@@ -78,7 +86,7 @@ class BlockSolver:
             fmt = self.formats[site.name]
             if isinstance(fmt, DenseFormat):
                 yield self._dense(site, fmt, None)
-            elif isinstance(fmt, ZeroFormat) or block_format(fmt).scale != "e4m3":
+            elif isinstance(fmt, ZeroFormat) or not has_global(fmt):
                 yield from self._finish([site], None, None, fmt)
             else:  # matrices that engines fuse must have one global scale: their parent's
                 parent = site.module.rpartition(".")[0] if site.expert is None else site.path
@@ -217,6 +225,12 @@ class BlockSolver:
 
     def _dense(self, site: Site, fmt: AnyFormat, tokens: int | None) -> Solved:
         return Solved(site, fmt, {}, 0.0, tokens)
+
+
+def has_global(fmt: CodedFormat) -> bool:
+    """Whether one scale covers the whole matrix, beside those of its blocks."""
+    core = core_format(fmt)
+    return isinstance(core, BlockFormat) and core.scale == "e4m3"
 
 
 def stackable(fmt: PackedFormat, sites: list[Site]) -> bool:

@@ -31,11 +31,12 @@ from bitnest.errors import RecipeError
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
+    DenseFormat,
     LowRankFormat,
+    NestedFormat,
     PackedFormat,
-    TransformedFormat,
     ZeroFormat,
-    block_format,
+    core_format,
 )
 from bitnest.formats.block import DQ_ROWS
 from bitnest.kernels.rows import row_decodable
@@ -76,6 +77,8 @@ def cuttable(fmt: PackedFormat) -> bool:
     """Whether rows can be solved a slice at a time: no stored number is fitted to all of them."""
     if isinstance(fmt, ZeroFormat):
         return True
+    if isinstance(fmt, NestedFormat):
+        return False
     if isinstance(fmt, BlockFormat):
         return fmt.row_tile is not None and fmt.scale != "e4m3"
     if isinstance(fmt, LowRankFormat):
@@ -92,7 +95,8 @@ def slice_rows(fmt: PackedFormat, shape: tuple[int, int], work: int) -> int:
         return shape[0]
     unit = DQ_ROWS
     if not isinstance(fmt, ZeroFormat):
-        base = block_format(fmt)
+        base = core_format(fmt)
+        assert isinstance(base, BlockFormat)  # nested ones are not cuttable
         unit = math.lcm(DQ_ROWS, (base.rows or 1) * (1 if base.symmetric else 32))
     fit = work // (WORKING_COPIES * FLOAT * shape[1])
     return min(shape[0], max(unit, fit // unit * unit))
@@ -163,7 +167,7 @@ def check_ends(sites: list[Site], formats: dict[str, AnyFormat], budget: Budget)
                 where=site.name,
                 hint="leave out -dict, or keep the embedding dense",
             )
-        if not isinstance(fmt, BlockFormat | TransformedFormat | LowRankFormat):
+        if isinstance(fmt, DenseFormat | ZeroFormat):
             continue
         rows = slice_rows(fmt, site.shape, budget.ends)
         need = WORKING_COPIES * FLOAT * site.shape[1] * (rows + site.shape[1])

@@ -20,6 +20,7 @@ import torch
 from bitnest.formats import (
     BlockFormat,
     LowRankFormat,
+    NestedFormat,
     PackedFormat,
     TransformedFormat,
     ZeroFormat,
@@ -37,6 +38,7 @@ from bitnest.quantize.lowrank import (
     no_factors,
     norm_root,
 )
+from bitnest.quantize.nested.solution import solve_nested
 from bitnest.quantize.transforms.channel_scales import search
 from bitnest.quantize.transforms.permutation import by_energy
 
@@ -129,6 +131,9 @@ def solve(
         return Dropped(torch.zeros_like(weight), weighted_error(weight, hessian))
     if isinstance(fmt, BlockFormat):
         return _solve_block(weight, hessian, fmt, options)
+    if isinstance(fmt, NestedFormat):
+        h = None if options.method == "rtn" else hessian
+        return solve_nested(weight, h, fmt, half=options.half, damp=options.damp)
     if isinstance(fmt, LowRankFormat):
         return _solve_low_rank(weight, hessian, fmt, options)
     kinds = {"awq": _awq, "perm": _permuted, "had": _hadamard, "rhad": _hadamard}
@@ -141,7 +146,7 @@ def solve(
 
 def needs_statistics(fmt: PackedFormat) -> bool:
     """Whether the format cannot be chosen without inputs: even round-to-nearest needs H then."""
-    if isinstance(fmt, BlockFormat | ZeroFormat):
+    if isinstance(fmt, BlockFormat | NestedFormat | ZeroFormat):
         return False
     return fmt.kind in {"awq", "perm", "lqer", "hlr"} or needs_statistics(fmt.base)
 
