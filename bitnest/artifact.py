@@ -5,6 +5,7 @@
     model-*.safetensors    what stays dense, under its checkpoint names, with the usual index
     packed-*.safetensors   one file per decoder block: <site>.codes, .scales, .zeros; one more for
                            embedding and head if they are packed
+    packed-*.w<bits>.safetensors   of nested formats: what reading them at so many bits adds
     bitnest.json           the manifest: source, recipe, every site and its format, checksums
 
 It is written into `.<name>.partial/artifact` beside its final place, block by block; each file
@@ -17,14 +18,19 @@ docs/format.md.
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitnest.errors import ArtifactError
-from bitnest.formats import parse_format
+from bitnest.formats import AnyFormat, parse_format, refinement
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 from bitnest.sites import Site
 from bitnest.workdir import (
@@ -65,6 +71,13 @@ class SiteRecord:
     tokens: int | None
     file: str
 
+    def files(self, fmt: AnyFormat) -> list[str]:
+        """Files that hold its parts; fmt: its format, or that cut at a width."""
+        if not self.file:
+            return []
+        planes = {refinement(fmt, part) for part in fmt.parts(self.site.shape)}
+        return [plane_file(self.file, width) for width in sorted(planes, key=lambda w: w or 0)]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; the site's fields are merged in."""
         record = asdict(self)
@@ -85,16 +98,19 @@ class SiteRecord:
 class Artifact:
     """A finished artifact, opened for reading.
 
-    path: the directory. manifest: bitnest.json. records: every site.
+    path: the directory. manifest: bitnest.json. records: every site. absent: files of planes that
+    are not there, or not whole, with what is wrong: narrower widths can do without them.
     """
 
     path: Path
     manifest: dict[str, Any]
     records: tuple[SiteRecord, ...]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Open the artifact in `path`; its files must exist with the sizes the manifest states.
+        """Open the artifact in `path`; its files must exist with the sizes the manifest states, but
+        for planes of nested formats, which are asked for when they are read.
 
         Raises:
             ArtifactError: not an artifact, another version, or damaged.
@@ -110,29 +126,59 @@ class Artifact:
                 where=str(path / MANIFEST),
                 hint="copy the artifact again, or compress again",
             ) from error
+        absent: dict[str, str] = {}
         for name, expected in files.items():
             file = path / name
             size = file.stat().st_size if file.exists() else None
-            if size != expected:
+            if size == expected:
+                continue
+            wrong = (
+                f"'{name}' has {size} bytes, the manifest says {expected}"
+                if size is not None
+                else f"'{name}' is missing"
+            )
+            if plane_width(name) is None:
                 raise ArtifactError(
-                    f"'{name}' has {size} bytes, the manifest says {expected}"
-                    if size is not None
-                    else f"'{name}' is missing",
-                    where=str(path),
-                    hint="copy the artifact again, or compress again",
+                    wrong, where=str(path), hint="copy the artifact again, or compress again"
                 )
-        return cls(path, manifest, records)
+            absent[name] = wrong
+        return cls(path, manifest, records, absent)
 
     def packed(self) -> list[SiteRecord]:
         """Sites that are not among the dense tensors."""
         return [record for record in self.records if record.file or record.format == "zero"]
 
-    def headers(self) -> dict[str, TensorInfo]:
-        """Name -> place of every packed tensor."""
+    def headers(self, formats: Mapping[str, AnyFormat] | None = None) -> dict[str, TensorInfo]:
+        """Name -> place of every packed tensor. formats: by site, those of nested sites cut at the
+        width wanted; files that hold nothing of them are not opened.
+
+        Raises:
+            ArtifactError: a file of planes that is needed is not there, or not whole.
+        """
+        wanted: set[str] = set()
+        for record in self.packed():
+            fmt = parse_format(record.format) if formats is None else formats[record.site.name]
+            wanted.update(record.files(fmt))
         found: dict[str, TensorInfo] = {}
-        for name in sorted({record.file for record in self.packed() if record.file}):
-            found.update(read_header(self.path / name))
+        for name in sorted(wanted):
+            if name in self.absent:
+                raise ArtifactError(
+                    self.absent[name],
+                    where=str(self.path),
+                    hint=f"copy it again, or load below {plane_width(name)} bits",
+                )
+            infos, width = read_header(self.path / name), plane_width(name)
+            found.update(infos if width is None else self._parts(name, width, infos, list(found)))
         return found
+
+    def _parts(
+        self, name: str, width: int, infos: Mapping[str, TensorInfo], before: Sequence[str]
+    ) -> dict[str, TensorInfo]:
+        """What a file of planes holds. before: packed tensors in files read already; its sites come
+        in the order they have there."""
+        place = {tensor.rpartition(".")[0]: i for i, tensor in enumerate(before)}
+        own = [r for r in self.records if r.file and plane_file(r.file, width) == name]
+        return split_streams(sorted(own, key=lambda r: place[r.site.name]), width, infos)
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the manifest.
@@ -154,10 +200,21 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def site_tensors(record: SiteRecord, headers: dict[str, TensorInfo]) -> dict[str, Any]:
-    """The stored tensors of one site, by part name (see `formats`)."""
-    parts = parse_format(record.format).parts(record.site.shape)  # none of `zero`
-    return {part: read_tensor(headers[f"{record.site.name}.{part}"]) for part in parts}
+def site_tensors(
+    record: SiteRecord,
+    headers: Mapping[str, TensorInfo],
+    fmt: AnyFormat | None = None,
+    only: set[str] | None = None,
+) -> dict[str, Any]:
+    """The stored tensors of one site, by part name (see `formats`). fmt: its format cut at a width,
+    where not all of it is wanted. only: parts wanted of these."""
+    fmt = parse_format(record.format) if fmt is None else fmt
+    parts = fmt.parts(record.site.shape)  # none of `zero`
+    return {
+        part: read_tensor(headers[f"{record.site.name}.{part}"])
+        for part in parts
+        if only is None or part in only
+    }
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -249,8 +306,14 @@ class Writer(Workdir):
         self, block: int, records: Sequence[SiteRecord], entries: Sequence[Entry]
     ) -> None:
         """Store one finished block: its packed file, then the record that makes it count."""
-        files = {self.packed_name(block): entries} if entries else {}
-        self.save_block(block, {"sites": [record.to_json() for record in records]}, files)
+        base = self.packed_name(block)
+        files: dict[str, list[Entry]] = {}
+        by_site = {record.site.name: parse_format(record.format) for record in records}
+        for item in entries:
+            site, _, part = item.name.rpartition(".")
+            files.setdefault(plane_file(base, refinement(by_site[site], part)), []).append(item)
+        whole = {n: own if n == base else join_streams(own) for n, own in files.items()}
+        self.save_block(block, {"sites": [record.to_json() for record in records]}, whole)
 
     def block_records(self, block: int) -> list[SiteRecord]:
         """What `write_block` stored."""
@@ -296,6 +359,68 @@ class Writer(Workdir):
 def packed_file_name(block: int, blocks: int) -> str:
     """File name of the packed weights of one of `blocks` units."""
     return f"packed-{block + 1:05d}-of-{blocks:05d}.safetensors"
+
+
+def join_streams(entries: Sequence[Entry]) -> list[Entry]:
+    """One tensor per type, `planes` of code words and `tables` of the rest, each the values of the
+    parts one after another: names and places of thousands of parts would cost more than tables."""
+    streams: list[Entry] = []
+    for name in ("planes", "tables"):
+        own = [item for item in entries if (item.dtype == torch.int32) == (name == "planes")]
+        if own:
+            count = sum(math.prod(item.shape) for item in own)
+            streams.append(Entry(name, own[0].dtype, (count,), partial(_joined, own)))
+    return streams
+
+
+def _joined(entries: Sequence[Entry]) -> torch.Tensor:
+    return torch.cat([item.values().flatten() for item in entries])
+
+
+def split_streams(
+    records: Iterable[SiteRecord], width: int, infos: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The places of the parts that `join_streams` joined, by name; records in their order.
+
+    Raises:
+        ArtifactError: the streams have other lengths.
+    """
+    place = {name: info.start for name, info in infos.items()}
+    found: dict[str, TensorInfo] = {}
+    for record in records:
+        fmt = parse_format(record.format)
+        for part, spec in fmt.parts(record.site.shape).items():
+            if refinement(fmt, part) != width:
+                continue
+            stream = infos["planes" if spec.dtype == "I32" else "tables"]
+            start = place["planes" if spec.dtype == "I32" else "tables"]
+            stop = start + spec.nbytes
+            place["planes" if spec.dtype == "I32" else "tables"] = stop
+            found[f"{record.site.name}.{part}"] = TensorInfo(
+                stream.file, stream.dtype, spec.shape, start, stop
+            )
+    for name, info in infos.items():
+        if place[name] != info.stop:
+            raise ArtifactError(
+                f"'{name}' has {info.nbytes} bytes, its sites have {place[name] - info.start}",
+                where=str(info.file),
+                hint="copy the artifact again, or compress again",
+            )
+    return found
+
+
+PLANE = re.compile(r"\.w([1-8])\.safetensors$")
+
+
+def plane_file(base: str, width: int | None) -> str:
+    """File name of what `width` adds to the packed file `base`; None: that file itself."""
+    return base if width is None else base.replace(".safetensors", f".w{width}.safetensors")
+
+
+def plane_width(name: str) -> int | None:
+    """The width that a file of planes is for; None for other files."""
+    match = PLANE.search(name)
+    return int(match[1]) if match else None
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitnest.artifact import is_artifact
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
 from bitnest.device import choose_device
@@ -63,6 +64,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    bits: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -109,12 +111,15 @@ def evaluate(
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
-        model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = load_model(
+            path, dtype=dtype, device=device, bits=bits if is_artifact(path) else None,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         hold_decoded(model)
         head = open_head(model, tokens[0], name)
         nbytes = weight_bytes(path)
         counted = parameters if based else count_parameters(path)
-        bits = 8 * nbytes / counted if counted else None
+        per_weight = 8 * nbytes / counted if counted else None
         for switch in (Switch(), *switches[number]):
             title = f"{name} without {switch.label}" if switch.modules else name
             if progress is not None and switch.modules:
@@ -127,7 +132,16 @@ def evaluate(
                 reference = kept
             scores = tuple(score(text, result) for text, result in zip(texts, found, strict=True))
             rows.append(
-                Row(title, is_base, nbytes, counted, bits, head is not None, scores, switch.experts)
+                Row(
+                    title,
+                    is_base,
+                    nbytes,
+                    counted,
+                    per_weight,
+                    head is not None,
+                    scores,
+                    switch.experts,
+                )
             )
         del model
         gc.collect()

@@ -15,11 +15,14 @@ from bitnest.formats.wrappers import (
     PackedFormat,
     TransformedFormat,
     core_format,
+    cut,
+    refinement,
+    widths,
 )
 from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
     "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "Format", "LowRankFormat",
     "NestedFormat", "PackedFormat", "Part", "TransformedFormat", "ZeroFormat", "core_format",
-    "integer", "parse_format", "total_bytes",
+    "cut", "integer", "parse_format", "refinement", "total_bytes", "widths",
 ]  # fmt: skip

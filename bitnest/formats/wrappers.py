@@ -16,7 +16,7 @@ family runs, routers see what they always saw.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
@@ -115,6 +115,11 @@ class LowRankFormat:
                 f"unknown residual '+{self.kind}{self.rank}'",
                 hint=f"+lorc<rank>, +lqer<rank> or +hlr<rank>, rank 1 to {MAX_RANK}",
             )
+        if isinstance(core_format(self.base), NestedFormat):
+            raise FormatError(
+                f"{self.base.name} has an error at every width, +{self.kind} corrects one",
+                hint="leave out the residual",
+            )
 
     @property
     def name(self) -> str:
@@ -158,6 +163,47 @@ CoreFormat = BlockFormat | NestedFormat
 CodedFormat = CoreFormat | TransformedFormat | LowRankFormat
 PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
+
+
+def cut(fmt: AnyFormat, width: int) -> AnyFormat:
+    """A nested format as it is read at `width`: its widest width up to that. Others as they are.
+
+    Raises:
+        FormatError: narrower than its narrowest.
+    """
+    if isinstance(fmt, NestedFormat):
+        held = [w for w in fmt.widths if w <= width]
+        if not held:
+            raise FormatError(
+                f"{fmt.name} begins at {fmt.widths[0]} bits, not {width}",
+                hint=f"--bits {fmt.widths[0]} or more",
+            )
+        return fmt.at(held[-1])
+    if isinstance(fmt, TransformedFormat):
+        base = cut(fmt.base, width)
+        assert isinstance(base, BlockFormat | NestedFormat | TransformedFormat)
+        return replace(fmt, base=base)
+    return fmt
+
+
+def widths(fmt: AnyFormat) -> tuple[int, ...]:
+    """At which a nested format can be read; none of others."""
+    if isinstance(fmt, DenseFormat | ZeroFormat):
+        return ()
+    core = core_format(fmt)
+    return core.widths if isinstance(core, NestedFormat) else ()
+
+
+def refinement(fmt: AnyFormat, part: str) -> int | None:
+    """The width for which a nested format's part is read first; None for what its narrowest needs,
+    and for other formats."""
+    if isinstance(fmt, DenseFormat | ZeroFormat):
+        return None
+    core = core_format(fmt)
+    if not isinstance(core, NestedFormat):
+        return None
+    later = core.widths[1:]
+    return next((w for w in later if part in core.width_parts(w, (1, 1))), None)
 
 
 def core_format(fmt: CodedFormat) -> CoreFormat:

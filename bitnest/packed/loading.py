@@ -6,11 +6,12 @@ directory exists, the artifact is whole. Remote code is never run unless asked f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.checkpoint import resolve_model
-from bitnest.errors import BitnestError, CheckpointError
+from bitnest.errors import BitnestError, CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -22,23 +23,34 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    bits: int | Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in `model` (artifact, checkpoint directory, hub id or `demo`), in eval mode.
 
-    dtype: compute type of what is not packed, and of what packed weights decode to.
+    dtype: compute type of what is not packed, and of what packed weights decode to. bits: width at
+    which nested weights are read, for all or by site; only their planes are. None: whole.
 
     Raises:
         CheckpointError, ArtifactError: the directory cannot be loaded.
+        RecipeError, FormatError: bits, and nothing there can be read at them.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from bitnest.artifact import is_artifact
+    from bitnest.packed.widths import at_widths
+
     path = resolve_model(model)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code
+    if bits is not None and not is_artifact(path):
+        raise RecipeError(
+            "a plain checkpoint has one width", where=str(path), hint="leave out --bits"
         )
+    try:
+        with at_widths(bits):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except BitnestError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -56,6 +56,16 @@ class PackedWeight(nn.Module):
             setattr(self, name, tensors[name].to(device))
         self.place = torch.empty(0, dtype=torch.uint8, device=device)
 
+    def change(self, fmt: AnyFormat, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Become `fmt`, which shares parts with what is here. tensors: the parts it adds."""
+        device, parts = self.device, fmt.parts(self.shape)
+        for name in set(self.parts) - set(parts):
+            delattr(self, name)
+        for name in parts:
+            if name not in self.parts:
+                self.register_buffer(name, tensors[name].to(device), persistent=False)
+        self.fmt, self.parts, self._kept = fmt, tuple(parts), None
+
     @property
     def loaded(self) -> bool:
         """Whether the stored tensors are here."""

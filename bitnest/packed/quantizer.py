@@ -10,6 +10,7 @@ later, a hook on its quantizer registry does it then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitnest.artifact import Artifact, SiteRecord, site_tensors
 from bitnest.errors import ArtifactError
-from bitnest.formats import parse_format
+from bitnest.formats import AnyFormat
 from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
+from bitnest.packed.widths import Source, attach, loaded_formats, wanted_widths
 
 METHOD = "bitnest"
 
@@ -53,15 +55,16 @@ class BitnestQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ArtifactError("an artifact is loaded from its directory, not from a state dict")
         self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
-        self.weights = _replace_modules(model, self.artifact)
+        self.formats = loaded_formats(self.artifact, wanted_widths())
+        self.weights = _replace_modules(model, self.artifact, self.formats)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        headers = self.artifact.headers()
+        headers = self.artifact.headers(self.formats)
         for record, weight in self.weights:
             device = _device_of(model, record.site.module)
-            weight.load(site_tensors(record, headers), device)
+            weight.load(site_tensors(record, headers, weight.fmt), device)
             if record.site.kind == "embedding":
                 like = model.get_submodule(record.site.module)
                 like.like = torch.empty(0, dtype=like.like.dtype, device=device)
@@ -69,7 +72,8 @@ class BitnestQuantizer(HfQuantizer):
             # transformers before 5.20 leaves renamed tensors of quantised models in the disk type
             if parameter.dtype != self.dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self.dtypes[name])
-        del self.weights, self.dtypes
+        attach(model, Source(self.artifact, self.weights))
+        del self.weights, self.dtypes, self.formats
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -82,7 +86,9 @@ class BitnestQuantizer(HfQuantizer):
         return False
 
 
-def _replace_modules(model: Any, artifact: Artifact) -> list[tuple[SiteRecord, PackedWeight]]:
+def _replace_modules(
+    model: Any, artifact: Artifact, by_site: Mapping[str, AnyFormat]
+) -> list[tuple[SiteRecord, PackedWeight]]:
     by_module: dict[str, list[SiteRecord]] = {}
     for record in artifact.packed():
         by_module.setdefault(record.site.module, []).append(record)
@@ -96,7 +102,7 @@ def _replace_modules(model: Any, artifact: Artifact) -> list[tuple[SiteRecord, P
                 where=str(artifact.path),
                 hint="the artifact was made with another version of transformers",
             ) from error
-        formats = [parse_format(record.format) for record in records]
+        formats = [by_site[record.site.name] for record in records]
         if records[0].site.kind == "embedding":
             packed = [pack_embedding(module, formats[0], records[0].site)]
             share_with_head(model, name, packed[0])

@@ -32,7 +32,9 @@ from bitnest.artifact import (
     SiteRecord,
     Writer,
     finished_with,
+    plane_width,
     site_tensors,
+    split_streams,
 )
 from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
@@ -49,7 +51,7 @@ from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_ro
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
 from bitnest.recipe import Recipe
-from bitnest.safetensors_io import Entry, entry, read_header
+from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header
 from bitnest.sites import Site, find_sites, is_experts, is_tied
 from bitnest.skeleton import Skeleton
 from bitnest.workdir import partial_directory, storage_error
@@ -329,8 +331,10 @@ class _Run:
             return
         self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
         records = [r for r in self.writer.block_records(layer) if r.file or r.format == "zero"]
-        files = sorted({r.file for r in records if r.file})
-        headers = read_header(self.writer.work / files[0]) if files else {}
+        headers: dict[str, TensorInfo] = {}
+        for file in sorted({f for r in records for f in r.files(parse_format(r.format))}):
+            infos, width = read_header(self.writer.work / file), plane_width(file)
+            headers.update(infos if width is None else split_streams(records, width, infos))
         for record in records:
             fmt = parse_format(record.format)
             if not isinstance(fmt, DenseFormat):

@@ -23,14 +23,16 @@ from bitnest.artifact import (
     SiteRecord,
     config_text,
     index_text,
+    join_streams,
     manifest_text,
     packed_file_name,
+    plane_file,
     shards,
 )
 from bitnest.errors import UnsupportedModel
-from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.formats import AnyFormat, DenseFormat, refinement
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
-from bitnest.safetensors_io import DTYPES, header_text
+from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
 
 LONGEST_ERROR = 1.23457e-05
@@ -127,22 +129,32 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
     total, headers, files, records = 0, 0, {}, []
     files_in_all = job.units if job.packed_ends else len(job.skeleton.blocks)
     for layer in range(job.units):
-        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        tensors: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = {}
         name = packed_file_name(layer, files_in_all)
         for site in job.block_sites(layer):
             fmt = job.formats[site.name]
             parts = {} if site.module not in kept else fmt.parts(site.shape)
             for part, spec in parts.items():
                 dtype = half if spec.dtype == "HALF" else DTYPES[spec.dtype]
-                tensors.append((f"{site.name}.{part}", dtype, spec.shape))
+                own = tensors.setdefault(plane_file(name, refinement(fmt, part)), [])
+                own.append((f"{site.name}.{part}", dtype, spec.shape))
             file = name if parts else ""
             error = 0.0 if isinstance(fmt, DenseFormat) else LONGEST_ERROR
             records.append(SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file))
-        if tensors:
-            size, data = _file_size(tensors)
+        for file, own in tensors.items():
+            own = own if file == name else joined_streams(own)
+            size, data = _file_size(own)
             total, headers = total + data, headers + size - data
-            files[name] = {"bytes": size, "sha256": SHA}
+            files[file] = {"bytes": size, "sha256": SHA}
     return total, headers, files, records
+
+
+def joined_streams(
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What `artifact.join_streams` makes of them."""
+    own = [Entry(name, dtype, shape, lambda: torch.empty(0)) for name, dtype, shape in tensors]
+    return [(e.name, e.dtype, e.shape) for e in join_streams(own)]
 
 
 def _stored(fmt: AnyFormat, site: Site) -> bool:

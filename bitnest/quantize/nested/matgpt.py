@@ -3,7 +3,7 @@
 One sweep of GPTQ over one copy of the weights. Of all codes q of the widest width the one is chosen
 that minimises sum_k l_k (x - decode_k(q))^2; the mean of the widths' errors, weighted by l_k, moves
 the weights still to come. Then scale and zero of every width are fitted to the codes, least squares
-under diag(H): decode_w = scale[o, g] (a_w (q_w + 1/2) + b_w), two numbers for the matrix at a width.
+under diag(H): decode_w = scale[o, g] (a_w (q_w + 1/2) + b_w), two numbers for each width.
 
 Differs from MatGPTQ: a narrower code is the first bits of the wider one and stands for the middle
 of its cell, where MatGPTQ rounds with the next bit, which needs one more plane than the width says;

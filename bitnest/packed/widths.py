@@ -1,0 +1,129 @@
+"""Widths at which nested weights are loaded, and changing them in place.
+
+transformers' loader has no argument for a width, so `load_model` says it here for the time of one
+call (`at_widths`), and the quantizer asks (`loaded_formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bitnest.artifact import Artifact, SiteRecord, site_tensors
+from bitnest.errors import ArtifactError, RecipeError
+from bitnest.formats import AnyFormat, cut, parse_format, widths
+from bitnest.packed.modules import PackedWeight
+
+Widths = int | Mapping[str, int]  # of all sites, or by site name
+
+_wanted: ContextVar[Widths | None] = ContextVar("bitnest_widths", default=None)
+
+
+@contextmanager
+def at_widths(bits: Widths | None) -> Iterator[None]:
+    """Artifacts that are loaded meanwhile are read at `bits`; None: whole."""
+    token = _wanted.set(bits)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def wanted_widths() -> Widths | None:
+    """What `at_widths` said."""
+    return _wanted.get()
+
+
+def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyFormat]:
+    """Format of every packed site as it is to be read; nested ones cut at `bits`.
+
+    Raises:
+        RecipeError: nothing in the artifact is nested, a site that is not, or no bits at all.
+        FormatError: narrower than a site's narrowest width.
+    """
+    formats = {r.site.name: parse_format(r.format) for r in artifact.packed()}
+    if bits is None:
+        return formats
+    nested = {name for name, fmt in formats.items() if widths(fmt)}
+    if not nested:
+        raise RecipeError(
+            "nothing in this artifact is nested: it has one width",
+            where=str(artifact.path),
+            hint="leave out --bits, or compress with --nested 2-8",
+        )
+    if not isinstance(bits, int):
+        unknown = sorted(set(bits) - nested)
+        if unknown:
+            raise RecipeError(
+                f"'{unknown[0]}' is no nested site of this artifact",
+                where=str(artifact.path),
+                hint="bitnest inspect lists the sites",
+            )
+    for name in nested:
+        width = bits if isinstance(bits, int) else bits.get(name)
+        if width is not None:
+            formats[name] = cut(formats[name], width)
+    return formats
+
+
+@dataclass
+class Source:
+    """Where a loaded model's packed weights came from, so that more of them can be read."""
+
+    artifact: Artifact
+    weights: list[tuple[SiteRecord, PackedWeight]]
+
+    def set_bits(self, bits: Widths | None) -> int:
+        """Read the planes that are missing for `bits`, let go of those beyond; None: all planes.
+
+        Nothing changes if a file is missing. Gives the bytes that were read.
+
+        Raises:
+            RecipeError, FormatError: see `loaded_formats`.
+            ArtifactError: planes that are not there, or not whole.
+        """
+        formats = loaded_formats(self.artifact, bits)
+        headers = self.artifact.headers(formats)
+        changes: list[tuple[PackedWeight, AnyFormat, dict[str, Any]]] = []
+        read = 0
+        for record, weight in self.weights:
+            fmt = formats[record.site.name]
+            if fmt.name == weight.fmt.name:
+                continue
+            held = weight.tensors
+            parts = fmt.parts(record.site.shape)
+            own = {f"{record.site.name}.{p}" for p in parts if p not in held}
+            missing = {name: info for name, info in headers.items() if name in own}
+            fresh = site_tensors(record, missing, only=set(parts) - set(held), fmt=fmt)
+            read += sum(tensor.nbytes for tensor in fresh.values())
+            changes.append((weight, fmt, fresh))
+        for weight, fmt, fresh in changes:
+            weight.change(fmt, fresh)
+        return read
+
+
+def attach(model: nn.Module, source: Source) -> None:
+    """Give a loaded model `set_bits`."""
+    held: Any = model
+    held.bitnest_source = source
+    held.set_bits = source.set_bits
+
+
+def set_bits(model: nn.Module, bits: Widths | None) -> int:
+    """Raise or lower a loaded model's nested weights in place; see `Source.set_bits`.
+
+    Raises:
+        ArtifactError: the model was not loaded from an artifact, and what `Source.set_bits` raises.
+    """
+    source: Any = getattr(model, "bitnest_source", None)
+    if source is None:
+        raise ArtifactError(
+            "this model was not loaded from an artifact",
+            hint="bitnest.load(ARTIFACT, bits=3)",
+        )
+    return int(source.set_bits(bits))
