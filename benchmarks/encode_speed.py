@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bitnest.formats import block_format, parse_format
+from bitnest.formats import core_format, parse_format
 from bitnest.formats.block import BlockFormat
 from bitnest.kernels import encode
 from bitnest.quantize.codecs.block import BlockCodec
@@ -57,7 +57,7 @@ def main() -> None:
         weight = sample(out, width)
         for name in args.formats:
             for clip in (False, True):
-                rows.append(measure(weight, block_format(parse_format(name)), clip, args.runs))
+                rows.append(measure(weight, core_format(parse_format(name)), clip, args.runs))
                 print(line(rows[-1]), flush=True)
     print(json.dumps({"machine": machine, "runs": args.runs, "rows": rows}))
 

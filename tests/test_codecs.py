@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitnest.formats import block_format, parse_format
+from bitnest.formats import core_format, parse_format
 from bitnest.formats.block import BlockFormat
 from bitnest.kernels.decode import NF4, decode
 from bitnest.kernels.packing import unpack_bits
@@ -22,7 +22,7 @@ BLOCK_NAMES = [name for name in FAMILIES if isinstance(parse_format(name), Block
 
 
 def rounded(w: torch.Tensor, name: str, clip: bool = True, half=torch.bfloat16) -> Quantized:
-    return rtn(w, BlockCodec(block_format(parse_format(name)), half, clip))
+    return rtn(w, BlockCodec(core_format(parse_format(name)), half, clip))
 
 
 def stored(w: torch.Tensor, name: str, clip: bool = True) -> dict[str, torch.Tensor]:
@@ -256,7 +256,7 @@ def unit_error(miss: torch.Tensor, h: torch.Tensor, fmt: BlockFormat) -> torch.T
 
 @pytest.mark.parametrize("name", BLOCK_NAMES)
 def test_searching_clips_is_never_worse_than_not(name: str) -> None:
-    fmt = block_format(parse_format(name))
+    fmt = core_format(parse_format(name))
     for seed in range(3):
         w = gaussian(1, 130, 176, seed=seed)
         if seed == 1:
@@ -312,7 +312,7 @@ def matrices() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_degenerate_matrices_stay_finite_and_zero_stays_zero(name: str, half: torch.dtype) -> None:
     fmt = parse_format(name)
-    core = block_format(fmt)
+    core = core_format(fmt)
     exact_zero = core is fmt and not core.learned and core.element.name != "int1"
     h = problem(1, 100)[1]
     for what, w in matrices().items():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bitnest.cli import main
-from bitnest.formats import block_format, parse_format
+from bitnest.formats import core_format, parse_format
 from bitnest.formats.block import BlockFormat
 from bitnest.kernels import native
 from bitnest.kernels.decode import NF4, code_values, decode
@@ -56,7 +56,7 @@ PATHS = [False, pytest.param(True, marks=needs_compiler)]
 
 
 def fmt_of(name: str) -> BlockFormat:
-    return block_format(parse_format(name))
+    return core_format(parse_format(name))
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

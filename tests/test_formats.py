@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from bitnest.errors import FormatError
-from bitnest.formats import block_format, parse_format
+from bitnest.formats import core_format, parse_format
 from bitnest.kernels.decode import decode
 from bitnest.quantize.solve import Options, solve
 
@@ -446,7 +446,7 @@ def check_stored(name: str, shape: tuple[int, int], options: Options) -> None:
             expected = solution.weight[b, rows]
             decoded = decode(stored, fmt, own)
             by_hand = read_weight(name, read_tensors(stored), own)
-            if fmt is block_format(fmt):
+            if fmt is core_format(fmt):
                 assert torch.equal(decoded, expected)
                 assert np.array_equal(by_hand, decoded.numpy())
             else:  # products of matrices: the order of summation is free

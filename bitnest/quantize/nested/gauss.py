@@ -3,7 +3,7 @@
 The first width's table is grown from one cell by splitting, so every table is the children of the
 one before. An entry is its cell's mean; a cell is cut where the two means it leaves lie equally
 far. At 2 bits this is Lloyd and Max's quantiser (1.51, .4528); further down a split may not move
-its parent's borders, which costs 1 to 3 % of squared error against the free optimum.
+its parent's borders, which costs 2 to 7 % of squared error against the free optimum.
 """
 
 from __future__ import annotations

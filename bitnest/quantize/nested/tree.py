@@ -119,14 +119,17 @@ class _Run:
             self._pass()
         self._fit_tables()
         self._fit_scales()
-        misses = {w: self.w - self._decoded(k) for k, w in enumerate(self.fmt.widths)}
-        errors = {w: ((self.hessian @ m) * m).sum(0) for w, m in misses.items()}
-        top = self.fmt.widths[-1]
+        decoded = [self._decoded(k) for k in range(len(self.fmt.widths))]
+        misses = [self.w - own for own in decoded]
+        errors = [((self.hessian @ miss) * miss).sum(0) for miss in misses]
         return Tree(
-            self.fmt, self.codes.T.contiguous(), self.scales.T.contiguous(),
+            self.fmt,
+            self.codes.T.contiguous(),
+            self.scales.T.contiguous(),
             dict(zip(self.fmt.widths, self.tables, strict=True)),
-            (self.w - misses[top]).T.contiguous(), errors,
-        )  # fmt: skip
+            decoded[-1].T.contiguous(),
+            dict(zip(self.fmt.widths, errors, strict=True)),
+        )
 
     # tables
 
