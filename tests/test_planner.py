@@ -142,6 +142,30 @@ def test_more_budget_never_loses_more(moe: Path, found: Statistics) -> None:
     assert all(b <= a * (1 + 1e-9) for a, b in pairwise(means))
 
 
+@pytest.mark.parametrize("target", ["transformers", "gguf", "vllm-cuda"])
+def test_more_budget_never_loses_more_where_layers_go_together(
+    target: str, moe: Path, found: Statistics
+) -> None:
+    plans = planner(moe, found, target)
+    bits = [plans.plan(Budget(bits=b)).mean for b in np.arange(4, 6.01, 0.1)]
+    assert all(a >= b * (1 - 1e-9) for a, b in pairwise(bits))
+
+
+def test_an_end_that_a_rule_names_is_part_of_the_prediction(moe: Path, found: Statistics) -> None:
+    plain = planner(moe, found).plan(Budget(bits=4))
+    ruled = planner(moe, found, rules=["kind:embedding=int2-g32"])
+    plan = ruled.plan(Budget(bits=4))
+    assert plan.mean > 1.05 * plain.mean
+    assert plan.bits <= 4  # the embedding is outside the budget all the same
+    for ends in (None, False):
+        again = planner(moe, found, ends=ends).evaluate(plan.plan)
+        assert again.mean == pytest.approx(plan.mean)
+        assert again.sizes.artifact == pytest.approx(plan.sizes.artifact, abs=100)
+        assert again.plan.formats(ruled.job.sites) == plan.plan.formats(ruled.job.sites)
+    with pytest.raises(StatisticsError, match="int7-g32"):
+        planner(moe, found, rules=["kind:embedding=int7-g32"]).plan(Budget(bits=4))
+
+
 def test_planning_is_pure(moe: Path, found: Statistics) -> None:
     one, two = (planner(moe, found).plan(Budget(bits=3.3)).plan.to_text() for _ in range(2))
     assert one == two
@@ -401,13 +425,15 @@ def test_recipes_are_carried_out(
 def test_the_tangent_is_the_gradient_of_the_prediction(
     flips: float, moe: Path, found: Statistics
 ) -> None:
-    from bitnest.quantize.allocation.objective import Objective
+    from bitnest.quantize.allocation.objective import Background, Objective
 
     base = planner(moe, found).evidence(Budget(bits=3.0)).objective
     for scale in (1.0, 1e3):  # small and large losses: growth is strong in the second
         menu = replace(base.menu, losses=base.menu.losses * scale)
         fit = replace(base.fit, flips=flips, scales=(1.3, 0.8)[: len(base.fit.scales)])
-        objective = Objective(menu, fit, base.weights)
+        own = menu.losses[:2, 0]  # as if two more sites, not planned, lost as much
+        beside = Background(own, (menu.kinds[0],) * 2, np.array([0.0, 0.7]))
+        objective = Objective(menu, fit, base.weights, beside)
         choice = np.arange(len(menu.items)) % 4
         slope = objective.linear(choice)
         for item in (0, len(choice) // 2, len(choice) - 1):
@@ -415,7 +441,7 @@ def test_the_tangent_is_the_gradient_of_the_prediction(
             for f in (0, 1, 2):
                 bumped = menu.losses.copy()
                 bumped[item, choice[item]] += step * menu.losses[item, f]
-                other = Objective(replace(menu, losses=bumped), fit, base.weights)
+                other = Objective(replace(menu, losses=bumped), fit, base.weights, beside)
                 rise = (other.mean(choice) - objective.mean(choice)) / step
                 assert rise == pytest.approx(slope[item, f], rel=2e-3)
 

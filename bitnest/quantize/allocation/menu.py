@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from bitnest.calibrate.predict import depths
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
@@ -46,6 +47,15 @@ class Menu:
     def allowed(self) -> np.ndarray:
         """(N, F) bool."""
         return np.asarray(np.isfinite(self.losses).all(axis=2))
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """Of every item, (N,): see `calibrate/predict.depths`."""
+        return depths([item[0] for item in self.items])
+
+    def least(self, cost: np.ndarray) -> int:
+        """What the cheapest choices cost together. cost: (N, F)."""
+        return int(np.where(self.allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
 
     @cached_property
     def widths(self) -> np.ndarray:
@@ -196,12 +206,17 @@ def _summed(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.stack([values[list(group)].sum(axis=0) for group in rows])
 
 
+def not_measured(wanted: str, site: str, names: Sequence[str]) -> StatisticsError:
+    """A rule asks for what statistics say nothing of."""
+    return StatisticsError(
+        f"format '{wanted}', which a rule asks for, was not measured",
+        where=site,
+        hint=f"bitnest analyze --reuse DIR --format {wanted}; measured: {', '.join(names)}",
+    )
+
+
 def _fix(raw: np.ndarray, sites: list[str], names: Sequence[str], site: str, wanted: str) -> None:
     if wanted not in names:
-        raise StatisticsError(
-            f"format '{wanted}', which a rule asks for, was not measured",
-            where=site,
-            hint=f"bitnest analyze --reuse DIR --format {wanted}; measured: {', '.join(names)}",
-        )
+        raise not_measured(wanted, site, names)
     others = [f for f, name in enumerate(names) if name != wanted]
     raw[sites.index(site), others] = np.inf

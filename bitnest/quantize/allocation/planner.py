@@ -28,7 +28,8 @@ from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
 from bitnest.quantize.allocation.budget import Budget, smallest_of_width, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import Menu, build_menu
+from bitnest.quantize.allocation.menu import Menu, build_menu, not_measured
+from bitnest.quantize.allocation.objective import Background
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.compress import Job
@@ -122,15 +123,21 @@ class Planner:
             RecipeError: it names no site, or breaks a rule of the target.
         """
         formats = plan.formats(self.job.sites)
-        evidence = self.evidence(Budget(size=1))
+        evidence = self.evidence(Budget(size=1), ends=True)
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
         found = self._finish(evidence, choice, Budget(size=1), "")
         return replace(found, plan=replace(plan, expected=found.plan.expected))
 
-    def evidence(self, budget: Budget) -> Evidence:
-        """Menu and grounds for a kind of budget."""
-        ends = self.ends if self.ends is not None else budget.bits is None
+    def evidence(self, budget: Budget, *, ends: bool | None = None) -> Evidence:
+        """Menu and grounds for a kind of budget. ends: whether embedding and head are on the menu;
+        None: as the planner does.
+
+        Raises:
+            StatisticsError: a rule asks for a format that was not measured.
+        """
+        if ends is None:
+            ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
         formats = self.formats if budget.bits is None else smallest_of_width(self.formats, sites)
         place = {site.name: i for i, site in enumerate(self.predictor.sites)}
@@ -142,7 +149,32 @@ class Planner:
             itemsize=self.job.itemsize, fixed=self._fixed(sites),
         )  # fmt: skip
         return read_evidence(
-            self.predictor, menu, weights=self.weights, latency=self.latency, exact=self.exact
+            self.predictor, menu, weights=self.weights, background=self._background(sites),
+            latency=self.latency, exact=self.exact,
+        )  # fmt: skip
+
+    def _background(self, planned: Sequence[Site]) -> Background:
+        """What sites lose that are not on the menu, but have a format by a rule: ends."""
+        names = {site.name for site in planned}
+        ruled = self.job.recipe.ruled(self.job.sites) if self.job.recipe.rules else {}
+        place = {site.name: i for i, site in enumerate(self.predictor.sites)}
+        beside = [s for s in self.job.sites if s.kind in ENDS and s.name not in names]
+        beside = [s for s in beside if ruled.get(s.name, "dense") != "dense"]
+        for site in beside:
+            if site.name not in place or ruled[site.name] not in self.predictor.formats:
+                raise not_measured(ruled[site.name], site.name, self.predictor.formats)
+        depth = dict(zip(place, self.predictor.depth, strict=True))
+        losses = [
+            self.predictor.losses[place[s.name], self.predictor.formats.index(ruled[s.name])]
+            for s in beside
+        ]
+        known = np.array(self.predictor.known)
+        if not losses:
+            return Background.none(int(known.sum()))
+        return Background(
+            np.stack(losses)[:, known],
+            tuple(s.kind for s in beside),
+            np.array([depth[s.name] for s in beside]),
         )
 
     def _fixed(self, sites: Sequence[Site]) -> dict[str, str]:
