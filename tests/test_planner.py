@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from bitnest import api
+from bitnest.api.compressing import plan_statistics
+from bitnest.api.planning import default_statistics
 from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Predictor
 from bitnest.checkpoint import Checkpoint
@@ -560,3 +562,55 @@ def test_statistics_that_are_found_name_the_text_to_calibrate_on(
     calibration = Artifact.open(done.path).manifest["calibration"]
     assert set(calibration["sources"]) == {"text"}
     assert calibration["sha256"] == found.header["fingerprint"]["calibration"]
+
+
+def test_a_plan_is_calibrated_on_the_text_it_was_made_with(
+    moe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = default_statistics(moe)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    api.analyze(
+        moe, place, data=[f"other={other}"], formats=FORMATS, probes=2, probe_windows=1,
+        fisher_windows=1, **SMALL,
+    )  # fmt: skip
+    plan = api.plan(moe, bits=3.0).plan
+    budget = api.compress(moe, tmp_path / "a", bits=3.0, **SMALL)
+    carried = api.compress(moe, tmp_path / "b", plan=plan, **SMALL)
+    for key in ("sources", "sha256"):
+        one, two = (Artifact.open(d.path).manifest["calibration"][key] for d in (budget, carried))
+        assert one == two
+    assert carried.predicted == budget.predicted is not None
+    edited = replace(plan, rules=(*plan.rules, Rule.parse("*.q_proj=int7-g32")))
+    free = api.compress(moe, tmp_path / "c", plan=edited, **SMALL)  # not measured: no prediction
+    assert free.predicted is None
+    with pytest.raises(StatisticsError, match="int7-g32"):
+        api.compress(moe, tmp_path / "d", plan=edited, statistics=place, **SMALL)
+    strange = replace(plan, source="0" * 64)
+    assert plan_statistics(strange, moe) is None and plan_statistics(plan, moe) is not None
+
+
+@pytest.mark.parametrize("way", ["plan", "format", "rtn"])
+def test_what_it_takes_is_said_before_work_whatever_the_way(
+    way: str, moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": [str(text)], **SMALL}
+    if way == "plan":
+        options["plan"] = planner(moe, found).plan(Budget(bits=3)).plan
+    else:
+        options["format"] = "int3-g32"
+        options["method"] = "rtn" if way == "rtn" else "gptq"
+    said: list[Any] = []
+
+    def announce(planned: Any, before: Any) -> None:
+        said.append((planned, before, (tmp_path / "a").exists()))
+
+    done = api.compress(moe, tmp_path / "a", announce=announce, **options)
+    ((planned, before, existed),) = said
+    assert planned is None and not existed
+    assert done.forecast == before.to_json()
+    assert 0 <= before.disk - done.artifact_bytes <= 0.01 * before.disk
+    with pytest.raises(RecipeError, match="memory"):
+        api.compress(moe, tmp_path / "b", memory=50 << 20, **options)
+    assert not (tmp_path / "b").exists()

@@ -9,6 +9,7 @@ a limit     of KL or agreement: plan, carry out, measure, correct the prediction
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
-from bitnest.errors import RecipeError
+from bitnest.errors import RecipeError, StatisticsError
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
 from bitnest.statistics import is_statistics
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
     from bitnest.quantize.preflight import Preflight
+
+log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLES = 64
 DEFAULT_LENGTH = 512
@@ -78,7 +81,7 @@ def compress(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    announce: Callable[[Planned, Preflight], None] | None = None,
+    announce: Callable[[Planned | None, Preflight], None] | None = None,
 ) -> CompressResult:
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
@@ -90,9 +93,10 @@ def compress(
     unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
     weighting, damp, min_tokens, clip, seed: see `Recipe`. memory: bytes the process may use.
     compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory
-    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first.
-    fresh: forget an unfinished run instead of resuming it. announce: called with the plan and what
-    it will take, before it is carried out.
+    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a
+    plan without one looks there for those it was made of.
+    fresh: forget an unfinished run instead of resuming it. announce: called with the plan, where
+    one was made, and what it will take, before it is carried out.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -100,6 +104,7 @@ def compress(
     from bitnest.quantize.compress import prepare
     from bitnest.quantize.preflight import check_memory, peak_resident
     from bitnest.quantize.preflight import preflight as estimate
+    from bitnest.quantize.sizing import artifact_sizes
 
     check_policy(policy)
     dials = Dials(bits, size, max_kl, min_agreement, context)
@@ -123,10 +128,26 @@ def compress(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
-    if uniform is not None:
-        return maker.carry_out(job, statistics)
-    if plan is not None:
-        return maker.planned(job, _opened(plan), rules, statistics)
+    before: list[Preflight] = []
+
+    def ready(job: Job) -> None:
+        sizes = artifact_sizes(job, job.formats)
+        count = 0 if job.calibration is None else samples
+        before.append(estimate(job, job.formats, sizes, samples=count, length=length,
+                               out=maker.out))  # fmt: skip
+        check_memory(before[0], memory)
+        if announce is not None:
+            announce(None, before[0])
+
+    if uniform is not None or plan is not None:
+        if plan is None:
+            done = maker.carry_out(job, statistics, ready=ready)
+        else:
+            done = maker.planned(
+                job, opened := _opened(plan), rules, statistics or plan_statistics(opened, model),
+                ready=ready, named=statistics is not None,
+            )  # fmt: skip
+        return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
     place = Path(statistics or default_statistics(model))
     check_out(maker.out, place)
     # statistics that are there name the text, whether they were named or found
@@ -143,19 +164,30 @@ def compress(
         checked=True,
     )  # fmt: skip
     found = first_plan(planner, dials, policy)
-    before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
-                      length=length, out=maker.out)  # fmt: skip
-    check_memory(before, memory)
+    forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
+                        length=length, out=maker.out)  # fmt: skip
+    check_memory(forecast, memory)
     if announce is not None:
-        announce(found, before)
+        announce(found, forecast)
     if dials.measured:
         from bitnest.api.refine import refine
 
-        result = refine(maker, job, planner, dials, check or data, place, before.to_json())
+        result = refine(maker, job, planner, dials, check or data, place, forecast.to_json())
     else:
         result = maker.planned(job, found.plan, [], place)
-    forecast = result.forecast or before.to_json()
-    return replace(result, forecast=forecast, peak_memory=peak_resident())
+    return replace(
+        result, forecast=result.forecast or forecast.to_json(), peak_memory=peak_resident()
+    )
+
+
+def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
+    """Where statistics are looked for, if those that the plan was made of are there."""
+    from bitnest.statistics import Statistics
+
+    place = default_statistics(model)
+    if plan.source is None or not is_statistics(place):
+        return None
+    return place if Statistics.open(place).header["source"]["sha256"] == plan.source else None
 
 
 def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
@@ -304,8 +336,11 @@ class Maker:
         rules: Sequence[str],
         statistics: str | Path | None,
         out: Path | None = None,
+        *,
+        ready: Callable[[Job], None] | None = None,
+        named: bool = True,
     ) -> CompressResult:
-        """Carry out a plan, the rules given by hand on top of it."""
+        """Carry out a plan, the rules given by hand on top of it; see `carry_out`."""
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
         plan.formats(job.sites)  # names the line of a rule that matches nothing
@@ -313,19 +348,36 @@ class Maker:
             job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
         )
         check_target(job, plan)
-        return self.carry_out(job, statistics, out)
+        return self.carry_out(job, statistics, out, ready=ready, named=named)
 
     def carry_out(
-        self, job: Job, statistics: str | Path | None, out: Path | None = None
+        self,
+        job: Job,
+        statistics: str | Path | None,
+        out: Path | None = None,
+        *,
+        ready: Callable[[Job], None] | None = None,
+        named: bool = True,
     ) -> CompressResult:
-        """Calibrate and make the artifact."""
+        """Calibrate and make the artifact.
+
+        statistics: say what it will lose, and name the text. ready: called before work starts.
+        named: statistics that were found rather than named need not know every format.
+        """
         from bitnest.quantize.compress import run, with_expectation
 
         if statistics is not None:
             from bitnest.calibrate.expect import expect
 
-            job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+            try:
+                job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+            except StatisticsError as error:
+                if named:
+                    raise
+                log.info("%s predict nothing: %s", statistics, error)
         job = self.calibrated(job, statistics)
+        if ready is not None:
+            ready(job)
         artifact, seconds = run(job, out or self.out, fresh=self.fresh, progress=self.progress)
         return summarise(artifact, seconds)
 

@@ -156,7 +156,8 @@ def command(
     if not quiet and not json:
         tables.summary(planned, preflight, cost)
         if out is not None:
-            say(f"next: bitnest compress {model} --plan {out}")
+            named = f" --statistics {statistics}" if statistics is not None else ""
+            say(f"next: bitnest compress {model} --plan {out}{named}")
 
 
 def _check_ways(

@@ -95,10 +95,16 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
             f"target {planned.plan.target} ({cost['rules']}) costs {cost['kl']:.3g} nats of KL at "
             f"this size: bitnest's own runtime would reach {cost['free']:.3g}"
         )
-    found.append(
-        f"estimates: {size(before.memory)} of memory and {_time(before.seconds)} to compress"
+    return [*found, *estimates(before)]
+
+
+def estimates(before: Preflight) -> list[str]:
+    """What a run takes and how fast its result may be, in words."""
+    found = [
+        f"estimates: {before.disk:,} bytes on disk, {size(before.memory)} of memory and "
+        f"{_time(before.seconds)} to compress"
         + (f", {size(before.free)} of disk free" if before.free is not None else "")
-    )
+    ]
     for speed in before.speeds:
         if speed.fits:
             text = f"at most {speed.decode:,.0f} tokens/s for one stream"
