@@ -20,10 +20,11 @@ from bitnest.export.plan_targets import TARGETS, open_target
 from bitnest.export.targets import check_engine
 from bitnest.formats import parse_format
 from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, smallest_of_width
+from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.explain import explain
 from bitnest.quantize.allocation.planner import Planner
 from bitnest.quantize.allocation.policies import POLICIES
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes
 from bitnest.recipe import Recipe, Rule
@@ -131,9 +132,29 @@ def test_bits_are_the_average_code_width(moe: Path, found: Statistics) -> None:
 
 def test_small_groups_are_no_loophole_in_a_budget_of_bits(moe: Path, found: Statistics) -> None:
     plans = planner(moe, found)
-    assert "int4-g16" not in smallest_of_width(FORMATS, plans.predictor.sites)
-    used = {r.format for r in plans.plan(Budget(bits=4.0)).plan.rules}
-    assert "int4-g16" not in used
+    planned = plans.plan(Budget(bits=4.0))
+    assert "int4-g16" not in planned.menu.formats
+    assert "int4-g16" not in {r.format for r in planned.plan.rules}
+    assert "int4-g16" in plans.evidence(Budget(size=1)).menu.formats
+
+
+def test_a_width_keeps_the_smallest_format_that_is_allowed(moe: Path, found: Statistics) -> None:
+    """A format that the target or a rule excludes is no reason to leave out a larger one."""
+    plans = replace_formats(planner(moe, found), ("int2-g32", "int4-g16"), FORMATS)
+    planned = plans.plan(Budget(bits=3.0))
+    assert planned.bits == pytest.approx(3.0, abs=0.03)
+    used = set(planned.menu.plan(planned.choice).values())
+    assert used == {"int2-g32", "int4-g16"}
+    ruled = planner(moe, found, rules=("kind:attention=int4-g16",)).plan(Budget(bits=3.0))
+    formats = ruled.menu.plan(ruled.choice)
+    for item in ruled.menu.items:
+        for site in item:
+            assert (formats[site.name] == "int4-g16") is (site.kind == "attention")
+
+
+def test_a_budget_of_bits_says_what_it_counts(moe: Path, found: Statistics) -> None:
+    with pytest.raises(BudgetError, match="code bits"):
+        planner(moe, found).plan(Budget(bits=1.9))
 
 
 def test_more_budget_never_loses_more(moe: Path, found: Statistics) -> None:
@@ -209,9 +230,12 @@ def test_budgets_that_cannot_be_met(budget: Budget, moe: Path, found: Statistics
     assert caught.value.hint
 
 
-def replace_formats(plans: Planner, formats: tuple[str, ...]) -> Planner:
+def replace_formats(
+    plans: Planner, formats: tuple[str, ...], candidates: tuple[str, ...] = ()
+) -> Planner:
+    """For a target that takes `formats` alone."""
     goal = replace(plans.target, allows=lambda _s, f: "" if f.name in formats else "no")
-    return Planner(plans.job, plans.predictor, goal, formats=formats)
+    return Planner(plans.job, plans.predictor, goal, formats=candidates or formats)
 
 
 def test_statistics_of_another_model_are_refused(tiny: Builder, found: Statistics) -> None:

@@ -186,9 +186,8 @@ def open_planner(
     if checked:
         check_source(job, model, statistics, progress)
     if budget is not None:
-        check_budget(
-            job, goal, _measured(model, statistics) or wanted or goal.formats, budget, ends
-        )
+        known = _names(candidates) or _measured(model, statistics) or wanted or goal.formats
+        check_budget(job, goal, known, budget, ends)
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )

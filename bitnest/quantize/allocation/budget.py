@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.formats import parse_format
 from bitnest.kinds import ENDS
 from bitnest.quantize.allocation.menu import build_menu
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import artifact_sizes
 from bitnest.recipe import sized
-from bitnest.sites import Site
 from bitnest.targets import Target
 
 MARGIN = 4096  # bytes: of a hint, for what the manifest will say besides
@@ -106,14 +105,3 @@ def too_small(budget: Budget, least: int) -> RecipeError:
         f"no plan fits {budget.size:,} bytes: the smallest takes {least:,}{cache}",
         hint=f"--size {least + MARGIN} or more, or coarser formats by --candidate",
     )
-
-
-def smallest_of_width(formats: Sequence[str], sites: Sequence[Site]) -> tuple[str, ...]:
-    """Of formats with equal code width those that take least bytes on the largest site."""
-    shape = max((site.shape for site in sites), key=lambda s: s[0] * s[1])
-    parsed: dict[str, AnyFormat] = {name: parse_format(name) for name in formats}
-    least: dict[float, int] = {}
-    for fmt in parsed.values():
-        if not isinstance(fmt, DenseFormat):
-            least[fmt.bits] = min(fmt.nbytes(shape), least.get(fmt.bits, 1 << 62))
-    return tuple(n for n, f in parsed.items() if f.nbytes(shape) <= least.get(f.bits, 1 << 62))

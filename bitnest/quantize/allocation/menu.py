@@ -9,7 +9,7 @@ lose what dropping the last one loses, since nothing of the others is left to lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +46,27 @@ class Menu:
     def allowed(self) -> np.ndarray:
         """(N, F) bool."""
         return np.asarray(np.isfinite(self.losses).all(axis=2))
+
+    def one_per_width(self) -> Menu:
+        """With, of each item's allowed formats of equal code width, those of least bytes alone.
+
+        Formats that no item is left with are gone; those that none was allowed stay.
+        """
+        losses = self.losses.copy()
+        for i, allowed in enumerate(self.allowed):
+            least: dict[int, int] = {}
+            for f in np.nonzero(allowed)[0]:
+                bits, size = int(self.bits[i, f]), int(self.nbytes[i, f])
+                least[bits] = min(size, least.get(bits, size))
+            for f in np.nonzero(allowed)[0]:
+                if self.nbytes[i, f] > least[int(self.bits[i, f])]:
+                    losses[i, f] = np.inf
+        left = np.isfinite(losses).all(axis=2).any(axis=0) | ~self.allowed.any(axis=0)
+        formats = tuple(name for name, kept in zip(self.formats, left, strict=True) if kept)
+        return replace(
+            self, formats=formats,
+            nbytes=self.nbytes[:, left], bits=self.bits[:, left], losses=losses[:, left],
+        )  # fmt: skip
 
     @cached_property
     def widths(self) -> np.ndarray:

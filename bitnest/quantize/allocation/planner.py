@@ -2,8 +2,9 @@
 
 The budget is one of
 
-    bits    average code width over the planned weights. Scales are not counted, so at each width
-            only the smallest of the candidates compete: no loophole in small groups
+    bits    average code width over the planned weights. Scales are not counted, so of the formats
+            that a weight may have only the smallest of each width compete: no loophole in small
+            groups
     size    every byte of the artifact, and with a context the key-value cache. Weights get what the
             rest leaves; the rest depends a little on the plan, so it is solved again until it fits
     kl      predicted mean KL: the smallest artifact that is predicted to keep it
@@ -26,11 +27,12 @@ from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, smallest_of_width, too_small
+from bitnest.quantize.allocation.budget import Budget, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import sized
@@ -104,7 +106,10 @@ class Planner:
         evidence = self.evidence(budget)
         if budget.bits is not None:
             spend = round(budget.bits * int(evidence.menu.numel.sum()))
-            choice = POLICIES[policy](evidence, evidence.menu.bits, spend)
+            try:
+                choice = POLICIES[policy](evidence, evidence.menu.bits, spend)
+            except BudgetError as error:
+                raise error.counting("code bits") from error
             return self._finish(evidence, choice, budget, policy, spend)
         if budget.kl is not None:
             if policy != "bitnest":
@@ -132,15 +137,16 @@ class Planner:
         """Menu and grounds for a kind of budget."""
         ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
-        formats = self.formats if budget.bits is None else smallest_of_width(self.formats, sites)
         place = {site.name: i for i, site in enumerate(self.predictor.sites)}
-        columns = [self.predictor.formats.index(name) for name in formats]
+        columns = [self.predictor.formats.index(name) for name in self.formats]
         losses = self.predictor.losses[[place[s.name] for s in sites]][:, columns]
         losses = losses[:, :, np.array(self.predictor.known)]
         menu = build_menu(
-            sites, formats, losses, self.target,
+            sites, self.formats, losses, self.target,
             itemsize=self.job.itemsize, fixed=self._fixed(sites),
         )  # fmt: skip
+        if budget.bits is not None:
+            menu = menu.one_per_width()
         return read_evidence(
             self.predictor, menu, weights=self.weights, latency=self.latency, exact=self.exact
         )
