@@ -216,6 +216,54 @@ def test_rules_by_hand_are_kept_by_every_plan(moe: Path, found: Statistics) -> N
         planner(moe, found, rules=("kind:attention=mxfp4",)).plan(Budget(bits=12.0))
 
 
+def test_a_rule_may_ask_for_a_format_that_is_no_candidate(moe: Path, found: Statistics) -> None:
+    """It is then that site's alone: to the others the candidates are what was said."""
+    options: dict[str, Any] = {
+        "statistics": found.path, "candidates": ("int2-g32", "int8-g32"),
+        "rules": ("kind:attention=int4-g32",),
+    }  # fmt: skip
+    for budget in ({"bits": 4.0}, {"size": 300_000}):
+        planned = api.plan(moe, **options, **budget)
+        formats = planned.menu.plan(planned.choice)
+        kinds = {s.name: s.kind for item in planned.menu.items for s in item}
+        for name, fmt in formats.items():
+            assert (fmt == "int4-g32") is (kinds[name] == "attention")
+
+
+def test_a_rule_below_all_candidates_is_no_budget_too_small(moe: Path, found: Statistics) -> None:
+    planned = api.plan(moe, statistics=found.path, bits=4.0, candidates=("int5-g32",),
+                       rules=("kind:expert=int3-g32",))  # fmt: skip
+    assert planned.bits <= 4.0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_formats_that_were_not_measured_come_with_a_way_on(
+    kept: bool, moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / f"{moe.name}-statistics"
+    shutil.copytree(found.path, place)
+    header = json.loads((place / "statistics.json").read_text("utf-8"))
+    header["options"]["keep_hessians"] = kept
+    (place / "statistics.json").write_text(json.dumps(header), "utf-8")
+    asked: list[dict[str, Any]] = [
+        {"candidates": ("int2-g32", "mxfp4")},
+        {"candidates": ("int2-g32",), "rules": ("kind:attention=mxfp4",)},
+    ]
+    for options in asked:
+        for statistics in (None, place):
+            with pytest.raises(StatisticsError, match="'mxfp4' is no candidate") as caught:
+                api.plan(moe, bits=4.0, statistics=statistics, **options)
+            hint = caught.value.hint
+            assert "--format mxfp4" in hint
+            assert ("rename" in hint) is (statistics is None)
+            # of formats that are there already nothing is said where others can be added
+            assert ("--format int2-g32" in hint) is not kept
+            assert ("--keep-hessians" in hint) is not kept
+
+
 @pytest.mark.parametrize(
     "budget",
     [Budget(bits=1.9), Budget(size=1000), Budget(kl=1e-12)],

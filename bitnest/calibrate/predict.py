@@ -151,6 +151,9 @@ class Predictor:
         Raises:
             StatisticsError: a site or a format that was not measured.
         """
+        self.statistics.check_formats(
+            list(dict.fromkeys(plan.values())), "; or leave out --statistics"
+        )
         choice = np.full(len(self.sites), -1)
         for name, fmt in plan.items():
             if name not in self._number:
@@ -158,12 +161,6 @@ class Predictor:
                     f"site '{name}' was not measured: are these statistics of another model?",
                     where=str(self.statistics.path),
                     hint=f"bitnest inspect {self.statistics.path}; bitnest analyze this model",
-                )
-            if fmt not in self.formats:
-                raise StatisticsError(
-                    f"format '{fmt}' is no candidate of these statistics",
-                    where=str(self.statistics.path),
-                    hint="measured: " + ", ".join(self.formats),
                 )
             choice[self._number[name]] = self.formats.index(fmt)
         sums = self.sums(choice)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from bitnest.quantize.allocation.menu import build_menu
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import artifact_sizes
 from bitnest.recipe import sized
+from bitnest.sites import Site
 from bitnest.targets import Target
 
 MARGIN = 4096  # bytes: of a hint, for what the manifest will say besides
@@ -74,12 +75,11 @@ def check_budget(
     """
     planned = ends if ends is not None else budget.bits is None
     sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
-    losses = np.zeros((len(sites), len(formats), 1))
-    ruled = job.recipe.ruled(job.sites)
-    known = {name: fmt for name, fmt in ruled.items() if fmt in {*formats, "dense"}}
-    own = {site.name for site in sites}
-    fixed = {name: fmt for name, fmt in known.items() if name in own}
-    menu = build_menu(sites, formats, losses, target, itemsize=job.itemsize, fixed=fixed)
+    fixed = ruled_formats(job, sites)
+    extra = beside(fixed, formats)
+    named = (*formats, *extra)
+    losses = np.zeros((len(sites), len(named), 1))
+    menu = build_menu(sites, named, losses, target, itemsize=job.itemsize, fixed=fixed, extra=extra)
     cost = menu.bits if budget.bits is not None else menu.nbytes
     rows = np.arange(len(menu.items))
     cheapest = np.where(menu.allowed, cost, np.iinfo(np.int64).max).argmin(axis=1)
@@ -88,7 +88,7 @@ def check_budget(
         raise RecipeError(
             f"--bits {budget.bits:g} is less than the smallest candidates take: "
             f"{least / int(menu.numel.sum()):.3g}",
-            hint="candidates: " + ", ".join(formats),
+            hint="candidates: " + ", ".join(menu.usable),
         )
     if budget.size is not None:
         chosen = {**{n: f.name for n, f in job.formats.items()}, **menu.plan(cheapest)}
@@ -96,6 +96,24 @@ def check_budget(
         total = artifact_sizes(job, parsed, budget.context).total
         if total > budget.size:
             raise too_small(budget, total)
+
+
+def ruled_formats(job: Job, sites: Sequence[Site]) -> dict[str, str]:
+    """Format names that the recipe's rules give to some of `sites`, which no plan overrules.
+
+    Raises:
+        RecipeError: a rule with a broken pattern.
+    """
+    if not job.recipe.rules:
+        return {}
+    ruled = job.recipe.ruled(job.sites)
+    own = {site.name for site in sites}
+    return {name: parse_format(fmt).name for name, fmt in ruled.items() if name in own}
+
+
+def beside(fixed: Mapping[str, str], formats: Sequence[str]) -> tuple[str, ...]:
+    """Formats of rules that are no candidates."""
+    return tuple(dict.fromkeys(f for f in fixed.values() if f not in {*formats, "dense"}))
 
 
 def too_small(budget: Budget, least: int) -> RecipeError:

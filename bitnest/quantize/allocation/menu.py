@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bitnest.errors import RecipeError, StatisticsError
+from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
 from bitnest.recipe import sized
@@ -67,6 +67,11 @@ class Menu:
             self, formats=formats,
             nbytes=self.nbytes[:, left], bits=self.bits[:, left], losses=losses[:, left],
         )  # fmt: skip
+
+    @property
+    def usable(self) -> list[str]:
+        """Formats that some item may have."""
+        return [self.formats[f] for f in np.nonzero(self.allowed.any(axis=0))[0]]
 
     @cached_property
     def widths(self) -> np.ndarray:
@@ -151,14 +156,16 @@ def build_menu(
     *,
     itemsize: int = 2,
     fixed: Mapping[str, str] | None = None,
+    extra: Sequence[str] = (),
 ) -> Menu:
     """Items of `sites` for a target.
 
     losses: (S, F, L) of `formats`, which do not hold `dense`; it is added. itemsize: bytes of a
-    source value. fixed: site name -> the one format it may have, by the recipe's rules.
+    source value. fixed: site name -> the one format it may have, by the recipe's rules, of
+    `formats` or dense. extra: those of `formats` that no other site may have.
 
     Raises:
-        StatisticsError: a fixed format without losses. RecipeError: an item left without a format.
+        RecipeError: an item left without a format.
     """
     names = (*formats, "dense")
     parsed = [sized(parse_format(name), itemsize) for name in names]
@@ -171,9 +178,12 @@ def build_menu(
             if reason := target.allows(site, fmt):
                 raw[s, f] = np.inf
                 reasons.setdefault(site.name, reason)
-    for name, wanted in (fixed or {}).items():
-        _fix(raw, [site.name for site in sites], names, name, wanted)
     place = {site.name: i for i, site in enumerate(sites)}
+    ruled = fixed or {}
+    free = [i for name, i in place.items() if name not in ruled]
+    raw[np.ix_(free, [names.index(name) for name in extra])] = np.inf
+    for name, wanted in ruled.items():
+        raw[place[name], [f for f, other in enumerate(names) if other != wanted]] = np.inf
     groups = target.together(sites)
     rows = [[place[site.name] for site in group] for group in groups]
     kinds = tuple(dict.fromkeys(site.kind for site in sites))
@@ -215,14 +225,3 @@ def _summed(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
     if all(len(group) == 1 for group in rows):
         return values[[group[0] for group in rows]]
     return np.stack([values[list(group)].sum(axis=0) for group in rows])
-
-
-def _fix(raw: np.ndarray, sites: list[str], names: Sequence[str], site: str, wanted: str) -> None:
-    if wanted not in names:
-        raise StatisticsError(
-            f"format '{wanted}', which a rule asks for, was not measured",
-            where=site,
-            hint=f"bitnest analyze --reuse DIR --format {wanted}; measured: {', '.join(names)}",
-        )
-    others = [f for f, name in enumerate(names) if name != wanted]
-    raw[sites.index(site), others] = np.inf

@@ -27,7 +27,7 @@ from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, too_small
+from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu
 from bitnest.quantize.allocation.planned import Planned, expected
@@ -36,7 +36,6 @@ from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import sized
-from bitnest.sites import Site
 from bitnest.targets import Target
 
 SOLVES = 16  # of a size, until it fits
@@ -57,7 +56,8 @@ FIGURES = (
 class Planner:
     """Plans for one model, its statistics and a target.
 
-    formats: candidates, None for those of the statistics. ends: whether embedding and head are
+    formats: candidates, None for those of the statistics; a site that a rule names gets the rule's
+    format, candidate or not. ends: whether embedding and head are
     planned too; None: with a size or KL they are, with bits they stay as they are, which is how
     "3-bit" is meant in the field. weights: of the dataset labels. latency: see `read_evidence`.
 
@@ -87,13 +87,7 @@ class Planner:
         self.known = {site.name: site for site in job.sites}
         check_sites(job, predictor)
         self.formats = tuple(predictor.formats if formats is None else formats)
-        for name in self.formats:
-            if name not in predictor.formats:
-                raise StatisticsError(
-                    f"format '{name}' is no candidate of these statistics",
-                    where=str(predictor.statistics.path),
-                    hint="measured: " + ", ".join(predictor.formats),
-                )
+        predictor.statistics.check_formats(self.formats)
 
     def plan(self, budget: Budget, policy: str = "bitnest") -> Planned:
         """The plan of a policy under a budget.
@@ -138,12 +132,16 @@ class Planner:
         ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
         place = {site.name: i for i, site in enumerate(self.predictor.sites)}
-        columns = [self.predictor.formats.index(name) for name in self.formats]
+        fixed = ruled_formats(self.job, sites)
+        extra = beside(fixed, self.formats)
+        self._check_measured(extra)
+        formats = (*self.formats, *extra)
+        columns = [self.predictor.formats.index(name) for name in formats]
         losses = self.predictor.losses[[place[s.name] for s in sites]][:, columns]
         losses = losses[:, :, np.array(self.predictor.known)]
         menu = build_menu(
-            sites, self.formats, losses, self.target,
-            itemsize=self.job.itemsize, fixed=self._fixed(sites),
+            sites, formats, losses, self.target,
+            itemsize=self.job.itemsize, fixed=fixed, extra=extra,
         )  # fmt: skip
         if budget.bits is not None:
             menu = menu.one_per_width()
@@ -151,13 +149,16 @@ class Planner:
             self.predictor, menu, weights=self.weights, latency=self.latency, exact=self.exact
         )
 
-    def _fixed(self, sites: Sequence[Site]) -> dict[str, str]:
-        """Formats that the recipe's rules ask for, which no plan overrules."""
-        if not self.job.recipe.rules:
-            return {}
-        ruled = self.job.recipe.ruled(self.job.sites)
-        planned = {site.name for site in sites}
-        return {name: fmt for name, fmt in ruled.items() if name in planned}
+    def _check_measured(self, ruled: Sequence[str]) -> None:
+        statistics = self.predictor.statistics
+        for name in ruled:
+            if name not in statistics.formats:
+                raise StatisticsError(
+                    f"format '{name}', which a rule asks for, was not measured",
+                    where=str(statistics.path),
+                    hint=f"measured: {', '.join(statistics.formats)}; "
+                    + statistics.measuring([*self.formats, *ruled]),
+                )
 
     def _sized(self, evidence: Evidence, budget: Budget, policy: str) -> tuple[np.ndarray, int]:
         """Solve, see what the whole artifact takes, and give the weights what is left; the largest
