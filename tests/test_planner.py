@@ -322,6 +322,25 @@ def test_llama_cpp_gets_one_type_for_a_layer_s_stacked_experts(
     assert len(stacks) == 6 and all(len(used) == 1 for used in stacks.values())
 
 
+@pytest.mark.parametrize("way", ["plan", "frontier", "compare_policies"])
+def test_candidates_of_which_a_target_takes_none_are_refused(
+    way: str, moe: Path, found: Statistics
+) -> None:
+    budget: dict[str, Any] = {} if way == "frontier" else {"bits": 5.5}
+    with pytest.raises(RecipeError, match="gguf takes none of the candidates") as caught:
+        getattr(api, way)(moe, statistics=found.path, target="gguf",
+                          candidates=("int2-g32", "int4-g16"), **budget)  # fmt: skip
+    assert "--format int4-g32" in caught.value.hint
+    dense = Plan.of({s.name: "dense" for s in found.sites}, target="gguf")
+    assert api.check_plan(moe, dense, statistics=found.path, candidates=("int2-g32",)).mean == 0
+
+
+def test_a_budget_too_small_names_what_the_target_takes(moe: Path, found: Statistics) -> None:
+    with pytest.raises(RecipeError, match="less than the smallest") as caught:
+        api.plan(moe, statistics=found.path, target="gguf", bits=3.5)
+    assert caught.value.hint == "candidates: int4-g32, int5-g32, int8-g32, dense"
+
+
 def test_what_a_target_s_rules_cost_is_said(moe: Path, found: Statistics) -> None:
     planned = api.plan(moe, statistics=found.path, bits=5.0, target="vllm-cuda")
     cost = api.constraint_cost(moe, planned, target="vllm-cuda", statistics=found.path)

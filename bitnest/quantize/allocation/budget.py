@@ -12,7 +12,7 @@ import numpy as np
 from bitnest.errors import RecipeError
 from bitnest.formats import parse_format
 from bitnest.kinds import ENDS
-from bitnest.quantize.allocation.menu import build_menu
+from bitnest.quantize.allocation.menu import build_menu, check_suited
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import artifact_sizes
 from bitnest.recipe import sized
@@ -71,11 +71,12 @@ def check_budget(
     """Refuse a budget that no plan can meet, before anything is measured.
 
     Raises:
-        RecipeError, BudgetError: even the smallest formats are over it.
+        RecipeError: even the smallest formats are over it, or the target takes none of them.
     """
     planned = ends if ends is not None else budget.bits is None
     sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
     fixed = ruled_formats(job, sites)
+    check_suited([s for s in sites if s.name not in fixed], formats, target)
     extra = beside(fixed, formats)
     named = (*formats, *extra)
     losses = np.zeros((len(sites), len(named), 1))

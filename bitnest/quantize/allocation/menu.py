@@ -207,6 +207,33 @@ def build_menu(
     return menu
 
 
+def check_suited(sites: Sequence[Site], formats: Sequence[str], target: Target) -> None:
+    """Refuse candidates of which the target takes none, at any site: all would stay dense.
+
+    Raises:
+        RecipeError: it takes none.
+    """
+    if not sites or not formats or any(_takes(target, sites, name) for name in formats):
+        return
+    own = [name for name in target.formats if _takes(target, sites, name)]
+    reason = target.allows(sites[0], parse_format(formats[0]))
+    raise RecipeError(
+        f"{target.name} takes none of the candidates {', '.join(formats)}: {reason}",
+        hint=(
+            "bitnest analyze MODEL "
+            + " ".join(f"--format {name}" for name in own)
+            + " -o DIR measures those that it takes, then --statistics DIR"
+            if own
+            else "plan for another --target"
+        ),
+    )
+
+
+def _takes(target: Target, sites: Sequence[Site], name: str) -> bool:
+    fmt = parse_format(name)
+    return any(not target.allows(site, fmt) for site in sites)
+
+
 def _sizes(sites: Sequence[Site], formats: Sequence[AnyFormat]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and code bits, (S, F) each; equal shapes are computed once."""
     known: dict[tuple[int, int], tuple[list[int], list[int]]] = {}

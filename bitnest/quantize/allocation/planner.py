@@ -29,7 +29,7 @@ from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan
 from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import Menu, build_menu
+from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.allocation.problem import BudgetError
@@ -121,18 +121,26 @@ class Planner:
             RecipeError: it names no site, or breaks a rule of the target.
         """
         formats = plan.formats(self.job.sites)
-        evidence = self.evidence(Budget(size=1))
+        evidence = self.evidence(Budget(size=1), suited=False)
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
         found = self._finish(evidence, choice, Budget(size=1), "")
         return replace(found, plan=replace(plan, expected=found.plan.expected))
 
-    def evidence(self, budget: Budget) -> Evidence:
-        """Menu and grounds for a kind of budget."""
+    def evidence(self, budget: Budget, *, suited: bool = True) -> Evidence:
+        """Menu and grounds for a kind of budget. suited: refuse candidates of which the target
+        takes none.
+
+        Raises:
+            RecipeError: they are, or no format is left for a site.
+            StatisticsError: a rule asks for a format that was not measured.
+        """
         ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
         place = {site.name: i for i, site in enumerate(self.predictor.sites)}
         fixed = ruled_formats(self.job, sites)
+        if suited:
+            check_suited([s for s in sites if s.name not in fixed], self.formats, self.target)
         extra = beside(fixed, self.formats)
         self._check_measured(extra)
         formats = (*self.formats, *extra)
