@@ -48,6 +48,16 @@ def found(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def droppable(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """With `zero` among the candidates: experts can be dropped."""
+    return api.analyze(
+        moe, tmp_path_factory.mktemp("z") / "statistics", data=[f"text={text}"],
+        formats=("zero", "int2-g32", "int4-g32"), probes=6, probe_windows=2, fisher_windows=2,
+        **SMALL,
+    )  # fmt: skip
+
+
 def planner(model: Path, found: Statistics, target: str = "native", **options: Any) -> Planner:
     rules = tuple(Rule.parse(rule) for rule in options.pop("rules", ()))
     job = prepare(Checkpoint.open(model), Recipe(format="dense", rules=rules))
@@ -401,6 +411,22 @@ def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
         # but for the step the budget cuts, the choice is the best at the price
         assert chosen[0].value <= 2 * item.price * max(line.nbytes for line in item.lines) * 8
     assert len(explain(planned, "kind:attention")) == 8 and explain(planned, "nothing") == []
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.6, 2.5])
+def test_what_is_explained_is_what_was_chosen_also_of_dropped_experts(
+    bits: float, moe: Path, droppable: Statistics
+) -> None:
+    planned = planner(moe, droppable).plan(Budget(bits=bits))
+    found = explain(planned, "*")
+    chosen = [line for item in found for line in item.lines if line.mark == "chosen"]
+    assert len(chosen) == len(planned.menu.items)
+    assert sum(line.value > 0 for line in chosen) <= 3  # of a class that the budget cut
+    whole = [line for line in chosen if line.whole]
+    experts = [g for g in planned.menu.experts if all(
+        planned.menu.formats[planned.choice[i]] == "zero" for i in g)]  # fmt: skip
+    assert len(whole) == sum(map(len, experts)) and (bits > 2 or whole)
+    assert all(line.format == "zero" and line.loss > 0 for line in whole)
 
 
 # the closed loop
