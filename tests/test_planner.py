@@ -13,6 +13,7 @@ import pytest
 
 from bitnest import api
 from bitnest.artifact import Artifact
+from bitnest.calibrate.expect import expect
 from bitnest.calibrate.predict import Predictor
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, PlanError, RecipeError, StatisticsError, TargetError
@@ -427,6 +428,22 @@ def test_what_is_explained_is_what_was_chosen_also_of_dropped_experts(
         planned.menu.formats[planned.choice[i]] == "zero" for i in g)]  # fmt: skip
     assert len(whole) == sum(map(len, experts)) and (bits > 2 or whole)
     assert all(line.format == "zero" and line.loss > 0 for line in whole)
+
+
+def test_a_dropped_expert_is_predicted_alike_by_the_plan_and_by_what_carries_it_out(
+    moe: Path, droppable: Statistics
+) -> None:
+    plans = planner(moe, droppable)
+    planned = plans.plan(Budget(bits=1.0))
+    formats = planned.plan.formats(plans.job.sites)
+    dropped = [e for e in planned.menu.experts if all(
+        formats[planned.menu.items[i][0].name] == "zero" for i in e)]  # fmt: skip
+    assert dropped
+    chosen = {name: fmt for name, fmt in formats.items() if fmt != "dense"}
+    found = plans.predictor.predict(chosen)
+    assert found.kl == pytest.approx(planned.kl) and found.mean == pytest.approx(planned.mean)
+    done = expect(droppable.path, {n: parse_format(f) for n, f in formats.items()}, "gptq")
+    assert done.mean == pytest.approx(planned.mean)
 
 
 # the closed loop

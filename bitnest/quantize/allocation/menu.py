@@ -14,14 +14,13 @@ from functools import cached_property
 
 import numpy as np
 
+from bitnest.calibrate.predict import DROP, whole_experts
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
 from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
-
-DROP = "zero"
 
 
 @dataclass(frozen=True)
@@ -126,13 +125,9 @@ class Menu:
         if DROP not in self.formats:
             return ()
         drop = self.formats.index(DROP)
-        found: dict[tuple[int, str, int], list[int]] = {}
-        for i, item in enumerate(self.items):
-            site = item[0]
-            if len(item) == 1 and site.expert is not None:
-                key = (site.layer, _experts_module(site), site.expert)
-                found.setdefault(key, []).append(i)
-        groups = [tuple(group) for group in found.values() if len(group) > 1]
+        alone = [i for i, item in enumerate(self.items) if len(item) == 1]
+        found = whole_experts([self.items[i][0] for i in alone])
+        groups = [tuple(alone[i] for i in group) for group in found]
         return tuple(group for group in groups if self.allowed[list(group), drop].all())
 
     def bundles(self, weighted: np.ndarray) -> tuple[Bundle, ...]:
@@ -142,10 +137,6 @@ class Menu:
             Bundle(group, (drop,) * len(group), float(weighted[list(group), drop].max()))
             for group in self.experts
         )
-
-
-def _experts_module(site: Site) -> str:
-    return site.module if site.param != "weight" else site.module.rpartition(".")[0]
 
 
 def build_menu(
