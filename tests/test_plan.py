@@ -106,6 +106,32 @@ def test_matching_many_patterns_gives_what_one_by_one_does() -> None:
         assert set(table.matching(pattern)) == slow, pattern
 
 
+ODD = (
+    "up-proj", "gate_proj", "a[0].b", "a0.b", "lm*head", "lm_head", "x{1}.y", "x{.y", "x}.y",
+    "kind:eggs", "re:(", "q?.r", "a: b", "#c", "é.ü", "1.2.3", "null", "*", "-y", " z",
+    "layers.00.up", "layers.0.up", "{a,b}", "a", "b", "a\nb", "!t",
+)  # fmt: skip
+
+
+def test_sibling_modules_whose_names_are_no_words_are_written_out() -> None:
+    wanted = {f"m.{i}.{w}": "int2-g128" for i in range(3) for w in ("gate_proj", "up-proj")}
+    wanted["lm_head"] = "dense"
+    plan = Plan.of(wanted)
+    assert Plan.from_text(plan.to_text()).formats([site(name) for name in wanted]) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_names_that_read_as_patterns_fold_exactly_too(data: st.DataObject) -> None:
+    parents = data.draw(st.lists(st.sampled_from(["", "m.0.", "m.1.", "é-.3."]), min_size=1))
+    every = dict.fromkeys(parent + name for parent in parents for name in ODD)
+    wanted = {name: data.draw(st.sampled_from(FORMATS)) for name in every}
+    plan = Plan.of(wanted)
+    again = Plan.from_text(plan.to_text())
+    assert again == plan
+    assert again.formats([site(name) for name in wanted]) == wanted
+
+
 def test_an_edited_plan_is_known_as_such() -> None:
     text = Plan.of(dict.fromkeys(names(2, 2), "int4-g128")).to_text()
     assert Plan.from_text(text.replace("int4-g128", "int5-g128")).edited

@@ -15,6 +15,7 @@ from bitnest import api
 from bitnest.api.compressing import plan_statistics
 from bitnest.api.planning import default_statistics
 from bitnest.artifact import Artifact
+from bitnest.calibrate.expect import expect
 from bitnest.calibrate.predict import Predictor
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, PlanError, RecipeError, StatisticsError, TargetError
@@ -22,10 +23,11 @@ from bitnest.export.plan_targets import TARGETS, open_target
 from bitnest.export.targets import check_engine
 from bitnest.formats import parse_format
 from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, smallest_of_width
+from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.explain import explain
 from bitnest.quantize.allocation.planner import Planner
 from bitnest.quantize.allocation.policies import POLICIES
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes
 from bitnest.recipe import Recipe, Rule
@@ -46,6 +48,16 @@ def found(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     return api.analyze(
         moe, tmp_path_factory.mktemp("s") / "statistics", data=[f"text={text}"], formats=FORMATS,
         probes=6, probe_windows=2, fisher_windows=2, **SMALL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def droppable(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """With `zero` among the candidates: experts can be dropped."""
+    return api.analyze(
+        moe, tmp_path_factory.mktemp("z") / "statistics", data=[f"text={text}"],
+        formats=("zero", "int2-g32", "int4-g32"), probes=6, probe_windows=2, fisher_windows=2,
+        **SMALL,
     )  # fmt: skip
 
 
@@ -133,9 +145,29 @@ def test_bits_are_the_average_code_width(moe: Path, found: Statistics) -> None:
 
 def test_small_groups_are_no_loophole_in_a_budget_of_bits(moe: Path, found: Statistics) -> None:
     plans = planner(moe, found)
-    assert "int4-g16" not in smallest_of_width(FORMATS, plans.predictor.sites)
-    used = {r.format for r in plans.plan(Budget(bits=4.0)).plan.rules}
-    assert "int4-g16" not in used
+    planned = plans.plan(Budget(bits=4.0))
+    assert "int4-g16" not in planned.menu.formats
+    assert "int4-g16" not in {r.format for r in planned.plan.rules}
+    assert "int4-g16" in plans.evidence(Budget(size=1)).menu.formats
+
+
+def test_a_width_keeps_the_smallest_format_that_is_allowed(moe: Path, found: Statistics) -> None:
+    """A format that the target or a rule excludes is no reason to leave out a larger one."""
+    plans = replace_formats(planner(moe, found), ("int2-g32", "int4-g16"), FORMATS)
+    planned = plans.plan(Budget(bits=3.0))
+    assert planned.bits == pytest.approx(3.0, abs=0.03)
+    used = set(planned.menu.plan(planned.choice).values())
+    assert used == {"int2-g32", "int4-g16"}
+    ruled = planner(moe, found, rules=("kind:attention=int4-g16",)).plan(Budget(bits=3.0))
+    formats = ruled.menu.plan(ruled.choice)
+    for item in ruled.menu.items:
+        for site in item:
+            assert (formats[site.name] == "int4-g16") is (site.kind == "attention")
+
+
+def test_a_budget_of_bits_says_what_it_counts(moe: Path, found: Statistics) -> None:
+    with pytest.raises(BudgetError, match="code bits"):
+        planner(moe, found).plan(Budget(bits=1.9))
 
 
 def test_more_budget_never_loses_more(moe: Path, found: Statistics) -> None:
@@ -221,6 +253,54 @@ def test_rules_by_hand_are_kept_by_every_plan(moe: Path, found: Statistics) -> N
         planner(moe, found, rules=("kind:attention=mxfp4",)).plan(Budget(bits=12.0))
 
 
+def test_a_rule_may_ask_for_a_format_that_is_no_candidate(moe: Path, found: Statistics) -> None:
+    """It is then that site's alone: to the others the candidates are what was said."""
+    options: dict[str, Any] = {
+        "statistics": found.path, "candidates": ("int2-g32", "int8-g32"),
+        "rules": ("kind:attention=int4-g32",),
+    }  # fmt: skip
+    for budget in ({"bits": 4.0}, {"size": 300_000}):
+        planned = api.plan(moe, **options, **budget)
+        formats = planned.menu.plan(planned.choice)
+        kinds = {s.name: s.kind for item in planned.menu.items for s in item}
+        for name, fmt in formats.items():
+            assert (fmt == "int4-g32") is (kinds[name] == "attention")
+
+
+def test_a_rule_below_all_candidates_is_no_budget_too_small(moe: Path, found: Statistics) -> None:
+    planned = api.plan(moe, statistics=found.path, bits=4.0, candidates=("int5-g32",),
+                       rules=("kind:expert=int3-g32",))  # fmt: skip
+    assert planned.bits <= 4.0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_formats_that_were_not_measured_come_with_a_way_on(
+    kept: bool, moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / f"{moe.name}-statistics"
+    shutil.copytree(found.path, place)
+    header = json.loads((place / "statistics.json").read_text("utf-8"))
+    header["options"]["keep_hessians"] = kept
+    (place / "statistics.json").write_text(json.dumps(header), "utf-8")
+    asked: list[dict[str, Any]] = [
+        {"candidates": ("int2-g32", "mxfp4")},
+        {"candidates": ("int2-g32",), "rules": ("kind:attention=mxfp4",)},
+    ]
+    for options in asked:
+        for statistics in (None, place):
+            with pytest.raises(StatisticsError, match="'mxfp4' is no candidate") as caught:
+                api.plan(moe, bits=4.0, statistics=statistics, **options)
+            hint = caught.value.hint
+            assert "--format mxfp4" in hint
+            assert ("rename" in hint) is (statistics is None)
+            # of formats that are there already nothing is said where others can be added
+            assert ("--format int2-g32" in hint) is not kept
+            assert ("--keep-hessians" in hint) is not kept
+
+
 @pytest.mark.parametrize(
     "budget",
     [Budget(bits=1.9), Budget(size=1000), Budget(kl=1e-12)],
@@ -235,9 +315,12 @@ def test_budgets_that_cannot_be_met(budget: Budget, moe: Path, found: Statistics
     assert caught.value.hint
 
 
-def replace_formats(plans: Planner, formats: tuple[str, ...]) -> Planner:
+def replace_formats(
+    plans: Planner, formats: tuple[str, ...], candidates: tuple[str, ...] = ()
+) -> Planner:
+    """For a target that takes `formats` alone."""
     goal = replace(plans.target, allows=lambda _s, f: "" if f.name in formats else "no")
-    return Planner(plans.job, plans.predictor, goal, formats=formats)
+    return Planner(plans.job, plans.predictor, goal, formats=candidates or formats)
 
 
 def test_statistics_of_another_model_are_refused(tiny: Builder, found: Statistics) -> None:
@@ -274,6 +357,25 @@ def test_llama_cpp_gets_one_type_for_a_layer_s_stacked_experts(
             layer, _, leaf = name.partition(".experts.")
             stacks.setdefault(f"{layer}.{leaf.rpartition('.')[2]}", set()).add(fmt)
     assert len(stacks) == 6 and all(len(used) == 1 for used in stacks.values())
+
+
+@pytest.mark.parametrize("way", ["plan", "frontier", "compare_policies"])
+def test_candidates_of_which_a_target_takes_none_are_refused(
+    way: str, moe: Path, found: Statistics
+) -> None:
+    budget: dict[str, Any] = {} if way == "frontier" else {"bits": 5.5}
+    with pytest.raises(RecipeError, match="gguf takes none of the candidates") as caught:
+        getattr(api, way)(moe, statistics=found.path, target="gguf",
+                          candidates=("int2-g32", "int4-g16"), **budget)  # fmt: skip
+    assert "--format int4-g32" in caught.value.hint
+    dense = Plan.of({s.name: "dense" for s in found.sites}, target="gguf")
+    assert api.check_plan(moe, dense, statistics=found.path, candidates=("int2-g32",)).mean == 0
+
+
+def test_a_budget_too_small_names_what_the_target_takes(moe: Path, found: Statistics) -> None:
+    with pytest.raises(RecipeError, match="less than the smallest") as caught:
+        api.plan(moe, statistics=found.path, target="gguf", bits=3.5)
+    assert caught.value.hint == "candidates: int4-g32, int5-g32, int8-g32, dense"
 
 
 def test_what_a_target_s_rules_cost_is_said(moe: Path, found: Statistics) -> None:
@@ -336,6 +438,38 @@ def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
         # but for the step the budget cuts, the choice is the best at the price
         assert chosen[0].value <= 2 * item.price * max(line.nbytes for line in item.lines) * 8
     assert len(explain(planned, "kind:attention")) == 8 and explain(planned, "nothing") == []
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.6, 2.5])
+def test_what_is_explained_is_what_was_chosen_also_of_dropped_experts(
+    bits: float, moe: Path, droppable: Statistics
+) -> None:
+    planned = planner(moe, droppable).plan(Budget(bits=bits))
+    found = explain(planned, "*")
+    chosen = [line for item in found for line in item.lines if line.mark == "chosen"]
+    assert len(chosen) == len(planned.menu.items)
+    assert sum(line.value > 0 for line in chosen) <= 3  # of a class that the budget cut
+    whole = [line for line in chosen if line.whole]
+    experts = [g for g in planned.menu.experts if all(
+        planned.menu.formats[planned.choice[i]] == "zero" for i in g)]  # fmt: skip
+    assert len(whole) == sum(map(len, experts)) and (bits > 2 or whole)
+    assert all(line.format == "zero" and line.loss > 0 for line in whole)
+
+
+def test_a_dropped_expert_is_predicted_alike_by_the_plan_and_by_what_carries_it_out(
+    moe: Path, droppable: Statistics
+) -> None:
+    plans = planner(moe, droppable)
+    planned = plans.plan(Budget(bits=1.0))
+    formats = planned.plan.formats(plans.job.sites)
+    dropped = [e for e in planned.menu.experts if all(
+        formats[planned.menu.items[i][0].name] == "zero" for i in e)]  # fmt: skip
+    assert dropped
+    chosen = {name: fmt for name, fmt in formats.items() if fmt != "dense"}
+    found = plans.predictor.predict(chosen)
+    assert found.kl == pytest.approx(planned.kl) and found.mean == pytest.approx(planned.mean)
+    done = expect(droppable.path, {n: parse_format(f) for n, f in formats.items()}, "gptq")
+    assert done.mean == pytest.approx(planned.mean)
 
 
 # the closed loop

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
+    from bitnest.statistics import Statistics
 
 AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
 """Measured on three texts and widths of 2 to 4 bits: .69 to .78 (docs/performance.md)."""
@@ -185,14 +186,18 @@ def open_planner(
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
     if checked:
         check_source(job, model, statistics, progress)
+    measured = _measured(model, statistics)
+    if measured is not None:
+        asked = (*(_names(candidates) or measured.formats), *_ruled(job))
+        anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
+        measured.check_formats(asked, anew if statistics is None else "")
     if budget is not None:
-        check_budget(
-            job, goal, _measured(model, statistics) or wanted or goal.formats, budget, ends
-        )
+        known = _names(candidates) or (measured.formats if measured else wanted or goal.formats)
+        check_budget(job, goal, known, budget, ends)
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )
-    ruled = dict.fromkeys(rule.format for rule in job.recipe.rules if rule.format != "dense")
+    ruled = [rule.format for rule in job.recipe.rules if rule.format != "dense"]
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     found = ensure_statistics(
         model, statistics, formats=named, progress=progress,
@@ -234,12 +239,21 @@ def _names(candidates: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(parse_format(name).name for name in candidates) or None
 
 
-def _measured(model: str | Path, statistics: str | Path | None) -> tuple[str, ...]:
-    """Formats of the statistics that are there already."""
+def _ruled(job: Job) -> tuple[str, ...]:
+    """Formats that rules ask for at sites that every plan has a say in."""
+    from bitnest.kinds import UNNAMED_DENSE
+    from bitnest.quantize.allocation.budget import beside, ruled_formats
+
+    return beside(ruled_formats(job, [s for s in job.sites if s.kind not in UNNAMED_DENSE]), ())
+
+
+def _measured(model: str | Path, statistics: str | Path | None) -> Statistics | None:
+    """The statistics that are there already, with candidates."""
     from bitnest.statistics import Statistics, is_statistics
 
     place = default_statistics(model) if statistics is None else Path(statistics)
-    return tuple(Statistics.open(place).formats) if is_statistics(place) else ()
+    found = Statistics.open(place) if is_statistics(place) else None
+    return found if found is not None and found.formats else None
 
 
 def ensure_statistics(

@@ -171,7 +171,8 @@ def explain(planned: Planned, patterns: Sequence[str]) -> None:
         for line in item.lines:
             table.add_row(
                 line.format, f"{line.bits:.3g}", f"{line.nbytes:,}", f"{line.loss:.3g}",
-                f"+{line.value:.3g}" if line.value > 0 else "least", line.mark,
+                f"+{line.value:.3g}" if line.value > 0 else "least",
+                ", ".join(filter(None, (line.mark, "the whole expert" if line.whole else ""))),
             )  # fmt: skip
         console.print(table, markup=False)
         console.print(f"price: {item.price:.3g} nats per {item.unit}\n", highlight=False)

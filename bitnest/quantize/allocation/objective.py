@@ -18,10 +18,18 @@ from functools import cached_property
 
 import numpy as np
 
-from bitnest.calibrate.predict import GROWTH, KAPPA, Fit, growth, moves
+from bitnest.calibrate.predict import (
+    DROP,
+    GROWTH,
+    KAPPA,
+    Fit,
+    count_drops_once,
+    growth,
+    moves,
+)
 from bitnest.errors import RecipeError
 from bitnest.quantize.allocation.exact import solve_exact
-from bitnest.quantize.allocation.menu import DROP, Menu
+from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.problem import Problem, Solution
 from bitnest.quantize.allocation.solver import solve
 
@@ -61,11 +69,8 @@ class Objective:
     def own(self, choice: np.ndarray) -> np.ndarray:
         """Raw losses per item and label, (N, L); a dropped expert counts once."""
         own = self.menu.losses[np.arange(len(choice)), choice].copy()
-        for group in self.menu.experts:
-            items = list(group)
-            if all(self.menu.formats[choice[i]] == DROP for i in items):
-                own[items[0]] = own[items].max(axis=0)
-                own[items[1:]] = 0.0
+        dropped = np.array([name == DROP for name in self.menu.formats])[choice]
+        count_drops_once(own, self.menu.experts, dropped)
         return own
 
     def sums(self, choice: np.ndarray) -> np.ndarray:
