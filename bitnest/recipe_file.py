@@ -12,7 +12,8 @@
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
 
-Every key may be left out. Options given on the command line win over it. Errors name the line.
+Every key may be left out. Options given on the command line win over it; a dial given there puts
+aside the recipe's with all that belongs to it (`left_behind`). Errors name the line.
 """
 
 from __future__ import annotations
@@ -101,11 +102,14 @@ PLAIN: dict[str, tuple[str, Parse]] = {
 }  # fmt: skip
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
+LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to
+FIXED = {"format", "group", "plan"}  # nothing is planned beside one of these
+PLANNING = {"target", "policy", "candidates", "ends", "exact"}
 
 
 def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Keyword arguments of `api.compress` that a recipe gives. skip: those given otherwise; one
-    dial given otherwise puts aside the recipe's.
+    """Keyword arguments of `api.compress` that a recipe gives. skip: those given otherwise, which
+    take others with them, see `left_behind`.
 
     Raises:
         PlanError: unreadable or broken, with the line.
@@ -116,8 +120,24 @@ def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
         raise PlanError(f"cannot read the recipe: {error}", where=str(path),
                         hint="recipes/ in the repository has some") from error  # fmt: skip
     found = parse_recipe(text, str(path))
-    gone = set(skip) | (DIALS if DIALS & set(skip) else set())
+    gone = set(skip) | left_behind(skip)
     return {key: value for key, value in found.items() if key not in gone}
+
+
+def left_behind(given: Collection[str]) -> set[str]:
+    """What a recipe says in vain once the options `given` win over it: its dial beside another, the
+    cache without a size, the text of a limit without one, planning where nothing is planned."""
+    dials = DIALS & set(given)
+    if not dials:
+        return set()
+    gone = set(DIALS)
+    if "size" not in dials:
+        gone.add("context")
+    if not dials & LIMITS:
+        gone.add("check")
+    if dials & FIXED:
+        gone |= PLANNING
+    return gone
 
 
 def parse_recipe(text: str, where: str = "recipe") -> dict[str, Any]:

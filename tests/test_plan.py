@@ -190,6 +190,31 @@ def test_a_recipe_s_values_and_what_the_command_line_overrides(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"bits"}, {"target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"size"}, {"context", "target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"max_kl"}, {"check", "target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"format"}, {"rules", "damp"}),
+        ({"group"}, {"rules", "damp"}),
+        ({"plan"}, {"rules", "damp"}),
+        ({"damp", "ends"}, {"context", "check", "target", "policy", "candidates", "exact", "rules",
+                            "size"}),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_a_dial_goes_with_it(
+    given: set[str], kept: set[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "budget: {size: 12MiB, context: 100}\ntarget: vllm-cpu\ncandidates: [int4-g128]\n"
+        "policy: bitnest\nends: true\nexact: true\ncheck: [a.txt]\nfit: {damp: 0.1}\n"
+        "rules:\n- kind:attention: int8-g128\n"
+    )
+    assert set(read_recipe(path, skip=given)) == kept
+
+
+@pytest.mark.parametrize(
     "text, line",
     [
         ("budget: {bits: three}\n", 1),
