@@ -52,7 +52,8 @@ HEAD = """\
 @dataclass(frozen=True)
 class Plan:
     """See above. rules: in order. expected: figures of the rules that `digest` is of. where, lines:
-    file and lines that the rules were read from, if they were."""
+    file and lines that the rules were read from, if they were. overruled: other rules were put on
+    top of these where it was carried out, and changed a format."""
 
     rules: tuple[Rule, ...]
     model: str = ""
@@ -64,6 +65,7 @@ class Plan:
     digest: str = ""
     where: str = field(default="", compare=False)
     lines: tuple[int, ...] = field(default=(), compare=False)
+    overruled: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, formats: Mapping[str, str], **rest: Any) -> Plan:
@@ -74,7 +76,7 @@ class Plan:
     @property
     def edited(self) -> bool:
         """Whether the rules are others than those that were solved."""
-        return bool(self.digest) and self.digest != digest_of(self.rules)
+        return self.overruled or (bool(self.digest) and self.digest != digest_of(self.rules))
 
     def formats(self, sites: Sequence[Site]) -> dict[str, str]:
         """Format name of every site.

@@ -27,6 +27,7 @@ from bitnest.quantize.allocation.policies import POLICIES
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes
 from bitnest.recipe import Recipe, Rule
+from bitnest.recipe_file import parse_recipe
 from bitnest.statistics import Statistics
 from tests.tiny import Builder
 
@@ -310,6 +311,44 @@ def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
         # but for the step the budget cuts, the choice is the best at the price
         assert chosen[0].value <= 2 * item.price * max(line.nbytes for line in item.lines) * 8
     assert len(explain(planned, "kind:attention")) == 8 and explain(planned, "nothing") == []
+
+
+def test_the_resolved_recipe_is_kept_whole(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    """What is kept can be read as a recipe again, and asks for the same."""
+    import yaml
+
+    options: dict[str, Any] = {
+        "data": [f"text={text}"], "candidates": ["int2-g32", "int4-g32"], "exact": True,
+        "rules": ["kind:attention=int4-g32"], "damp": 0.05, "seed": 3, **SMALL,
+    }  # fmt: skip
+    done = api.compress(moe, tmp_path / "a", statistics=found.path, bits=3.0, **options)
+    kept = Artifact.open(done.path).manifest["resolved"]
+    assert parse_recipe(yaml.safe_dump(kept)) == {
+        "bits": 3.0, "target": "native", "policy": "bitnest", "ends": False, "method": "gptq",
+        "weighting": "gate", "clip": True, **options,
+    }  # fmt: skip
+    other = api.compress(moe, tmp_path / "b", format="int4-g32", data=[f"text={text}"], **SMALL)
+    kept = Artifact.open(other.path).manifest["resolved"]
+    assert kept["format"] == "int4-g32" and kept["data"]["texts"] == [f"text={text}"]
+    assert "budget" not in kept and "candidates" not in kept
+
+
+def test_a_plan_overruled_by_a_rule_is_an_edited_one(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plan = api.plan(moe, statistics=found.path, bits=4.0).plan
+    for name, rule, edited in (
+        ("a", "kind:expert=int2-g32", True),
+        ("b", "kind:embedding=dense", False),
+    ):
+        done = api.compress(
+            moe, tmp_path / name, plan=plan, rules=[rule], data=[f"text={text}"], **SMALL
+        )
+        assert done.plan is not None and done.plan["edited"] is edited
+        kept = Artifact.open(done.path).manifest["resolved"]
+        assert kept["plan"] == plan.digest and len(kept["rules"]) == 1
 
 
 # the closed loop

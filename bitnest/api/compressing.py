@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitnest.api.planning import (
     Dials,
@@ -27,7 +27,16 @@ from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
+from bitnest.plan import digest_of
+from bitnest.recipe import (
+    DEFAULT_BITS,
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    Recipe,
+    Rule,
+    default_format,
+    resolved,
+)
 from bitnest.statistics import is_statistics
 from bitnest.workdir import in_the_way, is_empty
 
@@ -38,9 +47,6 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
     from bitnest.quantize.preflight import Preflight
-
-DEFAULT_SAMPLES = 64
-DEFAULT_LENGTH = 512
 
 
 def compress(
@@ -123,10 +129,13 @@ def compress(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
+    given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     if uniform is not None:
-        return maker.carry_out(job, statistics)
+        return maker.carry_out(replace(job, asked=resolved(recipe, **given)), statistics)
     if plan is not None:
-        return maker.planned(job, _opened(plan), rules, statistics)
+        opened = _opened(plan)
+        asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
+        return maker.planned(replace(job, asked=asked), opened, rules, statistics)
     place = Path(statistics or default_statistics(model))
     check_out(maker.out, place)
     # statistics that are there name the text, whether they were named or found
@@ -135,6 +144,12 @@ def compress(
         check_texts(check)
     if not dials.given:
         dials = Dials(bits=float(DEFAULT_BITS), context=context)
+    planning = {
+        "target": target, "policy": policy, "candidates": list(candidates),
+        "ends": dials.bits is None if ends is None else ends, "exact": exact,
+    }  # fmt: skip
+    asked = resolved(recipe, {"budget": dials.to_json()}, planning=planning, **given)
+    job = replace(job, asked=asked)
     planner = open_planner(
         model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
         data=data, samples=samples, length=length, method=method, weighting=weighting, damp=damp,
@@ -142,6 +157,8 @@ def compress(
         trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
         checked=True,
     )  # fmt: skip
+    job = replace(job, asked={**asked, "candidates": list(planner.formats)})
+    planner.job = job
     found = first_plan(planner, dials, policy)
     before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                       length=length, out=maker.out)  # fmt: skip
@@ -308,11 +325,11 @@ class Maker:
         """Carry out a plan, the rules given by hand on top of it."""
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
-        plan.formats(job.sites)  # names the line of a rule that matches nothing
-        job = replace(
-            job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
-        )
+        before = plan.formats(job.sites)  # names the line of a rule that matches nothing
+        job = replace(job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize))
         check_target(job, plan)
+        overruled = any(job.formats[name].name != fmt for name, fmt in before.items())
+        job = replace(job, plan=replace(plan, overruled=overruled))
         return self.carry_out(job, statistics, out)
 
     def carry_out(

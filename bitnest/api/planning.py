@@ -64,6 +64,11 @@ class Dials:
         if given or self.context:
             self.budget()
 
+    def to_json(self) -> dict[str, Any]:
+        """What was given, by the names of the dials."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        return {key: value for key, value in found.items() if key != "context" or value}
+
     @property
     def given(self) -> bool:
         """Whether any was."""

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
-from bitnest.recipe import sized
+from bitnest.recipe import resolved, sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
@@ -190,6 +191,8 @@ class Planner:
         """Sizes of the artifact of one choice per item, its manifest as this plan's will be."""
         formats = menu.plan(choice)
         job = replace(self._job(formats), plan=self._draft(budget), expected=self._expected)
+        if self.job.asked is None:  # carried out later, with options that are not known yet
+            job = replace(job, asked=self._asked(budget))
         assumed = None if self.job.calibration is not None else self._assumed()
         return artifact_sizes(job, self._formats(formats), budget.context, assumed)
 
@@ -201,6 +204,14 @@ class Planner:
             (), target=self.target.name, policy="frequency", asked=budget.to_json(),
             expected={**figures, **texts},
         )  # fmt: skip
+
+    def _asked(self, budget: Budget) -> dict[str, Any]:
+        """The resolved recipe of `compress` with this budget and no other option."""
+        planning = {
+            "target": self.target.name, "policy": "frequency", "candidates": list(self.formats),
+            "ends": False, "exact": False,
+        }  # fmt: skip
+        return resolved(self.job.recipe, {"budget": budget.to_json()}, planning=planning)
 
     @cached_property
     def _expected(self) -> Expected:
