@@ -561,6 +561,20 @@ def test_a_plan_is_held_against_its_own_target(
     assert not list(tmp_path.iterdir())
 
 
+def test_statistics_of_another_method_are_refused_before_work(
+    moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were found, not named: nothing but another method or other statistics helps."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(found.path, tmp_path / f"{moe.name}-statistics")
+    monkeypatch.setattr(Checkpoint, "scan", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(StatisticsError, match="--method gptq, not rtn") as caught:
+        api.compress(moe, tmp_path / "a", size=300_000, method="rtn")
+    assert "--method rtn -o DIR" in caught.value.hint and "leave out" not in caught.value.hint
+
+
 def test_statistics_that_are_found_name_the_text_to_calibrate_on(
     moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

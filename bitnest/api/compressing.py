@@ -25,7 +25,7 @@ from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
-from bitnest.errors import RecipeError
+from bitnest.errors import RecipeError, StatisticsError
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
 from bitnest.recipe import (
@@ -37,7 +37,7 @@ from bitnest.recipe import (
     default_format,
     resolved,
 )
-from bitnest.statistics import is_statistics
+from bitnest.statistics import Statistics, is_statistics
 from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ def compress(
     )
     plain = not any(extras.values())
     uniform = _uniform_format(dials, format, group, plan, method, statistics, policy, plain)
+    place = Path(statistics or default_statistics(model))
+    if uniform is None and plan is None:
+        check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
@@ -136,7 +139,6 @@ def compress(
         opened = _opened(plan)
         asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
         return maker.planned(replace(job, asked=asked), opened, rules, statistics)
-    place = Path(statistics or default_statistics(model))
     check_out(maker.out, place)
     # statistics that are there name the text, whether they were named or found
     job = maker.calibrated(job, place if statistics or is_statistics(place) else None, force=True)
@@ -197,6 +199,24 @@ def check_out(out: Path, statistics: str | Path) -> None:
     same = is_artifact(out) and is_statistics(Path(statistics))
     if not is_empty(out) and not same:
         raise in_the_way(out)
+
+
+def check_method(model: str | Path, statistics: Path, method: str) -> None:
+    """Refuse to plan by losses of another method than the one that is to be carried out.
+
+    Raises:
+        StatisticsError: they are, or the statistics cannot be read.
+    """
+    if not is_statistics(statistics):
+        return
+    measured = Statistics.open(statistics).header["method"]
+    if measured != method:
+        raise StatisticsError(
+            f"these statistics were measured with --method {measured}, not {method}",
+            where=str(statistics),
+            hint=f"--method {measured}; or bitnest analyze {model} --method {method} -o DIR, and "
+            "--statistics DIR",
+        )
 
 
 def check_texts(texts: Sequence[str]) -> None:
