@@ -343,6 +343,8 @@ def frontier(
     from bitnest.quantize.allocation.frontier import trace
 
     policies = tuple(options.pop("policies", ("bitnest",)))
+    for policy in policies:
+        check_policy(policy)
     return trace(open_planner(model, **options), sizes, points, policies)
 
 

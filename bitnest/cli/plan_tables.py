@@ -9,6 +9,7 @@ from typing import Any
 from bitnest.cli.render import size, wide_console
 from bitnest.errors import RecipeError
 from bitnest.patterns import matcher
+from bitnest.quantize.allocation.explain import Explanation
 from bitnest.quantize.allocation.explain import explain as explanations
 from bitnest.quantize.allocation.frontier import Frontier
 from bitnest.quantize.allocation.planned import Planned
@@ -45,14 +46,18 @@ def row(planned: Planned) -> dict[str, Any]:
 def as_json(
     planned: Planned, before: Preflight, cost: dict[str, Any] | None, explained: Sequence[str]
 ) -> dict[str, Any]:
-    """The plan with everything said about it."""
+    """The plan with everything said about it.
+
+    Raises:
+        RecipeError: a pattern of `explained` that matches no planned site.
+    """
     rules = [{rule.pattern: rule.format} for rule in planned.plan.rules]
     found = {
         **row(planned), "target": planned.plan.target, "asked": planned.plan.asked,
         "rules": rules, "preflight": before.to_json(), "constraint": cost,
     }  # fmt: skip
     if explained:
-        found["explain"] = [e.to_json() for p in explained for e in explanations(planned, p)]
+        found["explain"] = [item.to_json() for item in explained_items(planned, explained)]
     return found
 
 
@@ -140,18 +145,33 @@ def _by_kind(planned: Planned) -> Any:
     return table
 
 
+def explained_items(planned: Planned, patterns: Sequence[str]) -> list[Explanation]:
+    """What there is to say of the sites that match any of the patterns.
+
+    Raises:
+        RecipeError: a pattern that matches no planned site.
+    """
+    found = []
+    for pattern in patterns:
+        own = explanations(planned, pattern)
+        if not own:
+            raise RecipeError(f"no planned site matches '{pattern}'",
+                              hint="bitnest inspect MODEL --sites lists names")  # fmt: skip
+        found.extend(own)
+    return found
+
+
 def explain(planned: Planned, patterns: Sequence[str]) -> None:
-    """Every choice of the sites that match, and why the chosen one won."""
+    """Every choice of the sites that match, and why the chosen one won.
+
+    Raises:
+        RecipeError: a pattern that matches no planned site.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    found = [item for pattern in patterns for item in explanations(planned, pattern)]
+    found = explained_items(planned, patterns)
     console = Console(soft_wrap=True)
-    if not found:
-        raise RecipeError(
-            f"no planned site matches '{patterns[0]}'",
-            hint="bitnest inspect MODEL --sites lists names",
-        )
     for item in found[:EXPLAINED]:
         together = f" and {len(item.sites) - 1} with it" if len(item.sites) > 1 else ""
         console.print(
