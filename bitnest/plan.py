@@ -78,6 +78,12 @@ class Plan:
         """Whether the rules are others than those that were solved."""
         return self.overruled or (bool(self.digest) and self.digest != digest_of(self.rules))
 
+    @property
+    def state(self) -> str:
+        """`solved` if the rules are those that were solved, else `edited`; `unknown` without a
+        digest."""
+        return "edited" if self.edited else "solved" if self.digest else "unknown"
+
     def formats(self, sites: Sequence[Site]) -> dict[str, str]:
         """Format name of every site.
 

@@ -65,3 +65,31 @@ def test_a_frontier_of_another_policy() -> None:
     done = plan("--frontier", "--policy", "uniform", "--points", "4", "--json")
     points = json.loads(done.stdout)["points"]
     assert len(points) >= 2 and {point["policy"] for point in points} == {"uniform"}
+
+
+def test_what_a_check_found_is_on_stdout(place: Path) -> None:
+    assert plan("--bits", "4", "-o", "p.yaml").exit_code == 0
+    done = plan("--check", "p.yaml", "-q")
+    assert "predicted KL" in done.stdout and "as it was made" in done.stdout
+    assert not done.stderr
+    text = (place / "p.yaml").read_text("utf-8") + "- '*.0.self_attn.*': int2-g32\n"
+    (place / "e.yaml").write_text(text, "utf-8")
+    done = plan("--check", "e.yaml", "-q")
+    assert "was edited since it was made" in done.stdout
+    assert json.loads(plan("--check", "e.yaml", "--json").stdout)["state"] == "edited"
+    bare = "".join(line for line in text.splitlines(True) if not line.startswith("digest"))
+    (place / "bare.yaml").write_text(bare, "utf-8")
+    assert "not known" in plan("--check", "bare.yaml", "-q").stdout
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "d").mkdir()
+    (place / "f").write_text("")
+    monkeypatch.setattr(api, "plan", lambda *_a, **_k: pytest.fail("work began"))
+    monkeypatch.setattr(api, "frontier", lambda *_a, **_k: pytest.fail("work began"))
+    for options in (["-o", "d"], ["-o", "f/p.yaml"], ["--frontier", "--plot", "f/p.svg"]):
+        done = plan(*options)
+        assert isinstance(done.exception, BitnestError), options
+        assert done.exception.hint and options[-2] in done.exception.what

@@ -123,6 +123,8 @@ def command(
     if compare and policy != "bitnest":
         raise RecipeError("--compare shows every policy", hint="leave out --policy")
     tables.check_early(explain, plot, machine)
+    tables.check_place("-o", out)
+    tables.check_place("--plot", plot)
     options: dict[str, Any] = {
         "statistics": statistics, "target": target, "ends": ends, "exact": exact,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
@@ -135,12 +137,14 @@ def command(
     }  # fmt: skip
     if not quiet:
         dials.remark(model, statistics)
+    state = None
     with Bars(quiet) as bars:
         options["progress"] = bars
         if check is not None:
             from bitnest.plan import Plan
 
             given = Plan.read(check)
+            state = given.state
             options.pop("target")
             planned = api.check_plan(model, given, **options)
         elif frontier:
@@ -171,17 +175,18 @@ def command(
             model, planned, machine=machine, trust_remote_code=trust_remote_code
         )
     if json:
-        print_json(tables.as_json(planned, preflight, cost, explain))
+        known = {} if state is None else {"state": state}
+        print_json({**tables.as_json(planned, preflight, cost, explain), **known})
     elif explain:
         tables.explain(planned, explain)
     elif out is None and check is None:
         typer.echo(planned.plan.to_text(), nl=False)
     if out is not None:
         planned.plan.write(out)
-    if not quiet and not json:
-        tables.summary(planned, preflight, cost)
-        if out is not None:
-            say(f"next: bitnest compress {model} --plan {out}")
+    if not json and (state is not None or not quiet):
+        tables.summary(planned, preflight, cost, state)
+    if not quiet and not json and out is not None:
+        say(f"next: bitnest compress {model} --plan {out}")
 
 
 def _check_ways(

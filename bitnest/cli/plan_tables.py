@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,36 @@ from bitnest.quantize.preflight import MACHINES, Preflight
 
 PICTURES = (".svg", ".png", ".pdf")
 EXPLAINED = 20  # items in full, when a pattern names many
+
+STATES = {
+    "solved": "the plan is as it was made",
+    "edited": "the plan was edited since it was made: its rules are not those of its digest",
+    "unknown": "whether the plan was edited is not known: it has no digest",
+}
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """Refuse before work a file that cannot be written after it.
+
+    Raises:
+        RecipeError: a directory is there, or where it would go nothing can be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise RecipeError(
+            f"{option}: a directory is in the way", where=str(path), hint="name a file in it"
+        )
+    folder = path.absolute().parent
+    while not os.path.exists(folder):  # False, not an error, below a file
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "may not be written to" if folder.is_dir() else "is no directory"
+        raise RecipeError(
+            f"{option} cannot be written: {folder} {why}",
+            where=str(path),
+            hint=f"choose another {option}",
+        )
 
 
 def check_early(patterns: Sequence[str], plot: Path | None, machine: str | None) -> None:
@@ -61,12 +92,16 @@ def as_json(
     return found
 
 
-def summary(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> None:
-    """Widths by kind, bytes, prediction, and what it takes; on stderr, the plan itself is on
-    stdout."""
+def summary(
+    planned: Planned, before: Preflight, cost: dict[str, Any] | None, state: str | None = None
+) -> None:
+    """Widths by kind, bytes, prediction, and what it takes. state: of a plan file that is checked,
+    see `Plan.state`: this is the result then and goes to stdout; otherwise the plan is."""
     table = _by_kind(planned)
-    console = wide_console(table, stderr=True)
+    console = wide_console(table, stderr=state is None)
     console.print(table)
+    if state is not None:
+        console.print(STATES[state], highlight=False, markup=False)
     for line in lines(planned, before, cost):
         console.print(line, highlight=False, markup=False)
 
