@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from bitnest import api
 from bitnest.cli import app
 from bitnest.errors import BitnestError
+from bitnest.plan import Plan
 from tests.tiny import Builder
 
 
@@ -77,6 +78,10 @@ def test_what_a_check_found_is_on_stdout(place: Path) -> None:
     done = plan("--check", "e.yaml", "-q")
     assert "was edited since it was made" in done.stdout
     assert json.loads(plan("--check", "e.yaml", "--json").stdout)["state"] == "edited"
+    plan("--check", "e.yaml", "-o", "again.yaml")
+    old, new = Plan.read("e.yaml"), Plan.read("again.yaml")
+    assert new.expected != old.expected and new.digest != old.digest  # both of the rules as edited
+    assert new.rules == old.rules and not new.edited
     bare = "".join(line for line in text.splitlines(True) if not line.startswith("digest"))
     (place / "bare.yaml").write_text(bare, "utf-8")
     assert "not known" in plan("--check", "bare.yaml", "-q").stdout

@@ -26,7 +26,7 @@ from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
-from bitnest.plan import Plan
+from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import Budget, smallest_of_width, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu
@@ -117,7 +117,8 @@ class Planner:
         return self._finish(evidence, choice, budget, policy, spend)
 
     def evaluate(self, plan: Plan) -> Planned:
-        """What a plan that is already there costs and loses.
+        """What a plan that is already there costs and loses. The figures and the digest of the
+        result are of its rules as they are now.
 
         Raises:
             RecipeError: it names no site, or breaks a rule of the target.
@@ -127,7 +128,8 @@ class Planner:
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
         found = self._finish(evidence, choice, Budget(size=1), "")
-        return replace(found, plan=replace(plan, expected=found.plan.expected))
+        now = replace(plan, expected=found.plan.expected, digest=digest_of(plan.rules))
+        return replace(found, plan=now)
 
     def evidence(self, budget: Budget) -> Evidence:
         """Menu and grounds for a kind of budget."""
