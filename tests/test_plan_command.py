@@ -98,3 +98,27 @@ def test_outputs_that_cannot_be_written_are_refused_before_work(
         done = plan(*options)
         assert isinstance(done.exception, BitnestError), options
         assert done.exception.hint and options[-2] in done.exception.what
+
+
+@pytest.mark.parametrize(
+    "target, rule, word",
+    [
+        ("native", "model.embed_tokens: zero", "says nothing"),
+        ("native", "kind:attention: int5-g32", "was not measured"),
+        ("vllm-cuda", "model.layers.0.self_attn.q_proj: int2-g32", "one format"),
+        ("vllm-cuda", "kind:attention: int2-g32@had32", "vllm-cuda"),
+    ],
+)
+def test_what_a_plan_may_not_have_is_found_with_its_line(
+    target: str, rule: str, word: str, place: Path, text: Path
+) -> None:
+    content = f"plan: 1\ntarget: {target}\nrules:\n- kind:mlp: dense\n- {rule}\n"
+    (place / "wrong.yaml").write_text(content, "utf-8")
+    statistics = next(place.glob("*-statistics"))
+    for options in (
+        ["plan", "m", "--check", "wrong.yaml"],
+        ["compress", "m", "--plan", "wrong.yaml", "--statistics", str(statistics), "-o", "a"],
+    ):
+        done = CliRunner().invoke(app, options)
+        assert isinstance(done.exception, BitnestError), (options, done.output)
+        assert done.exception.where == "wrong.yaml:5" and word in str(done.exception)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.api.planning import (
     Dials,
+    check_measured,
     check_policy,
     check_target,
     default_statistics,
@@ -348,6 +349,8 @@ class Maker:
         before = plan.formats(job.sites)  # names the line of a rule that matches nothing
         job = replace(job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize))
         check_target(job, plan)
+        if statistics is not None:
+            check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
         overruled = any(job.formats[name].name != fmt for name, fmt in before.items())
         job = replace(job, plan=replace(plan, overruled=overruled))
         return self.carry_out(job, statistics, out)

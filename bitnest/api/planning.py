@@ -6,7 +6,7 @@ Planning reads the checkpoint's headers and the statistics, no weights: seconds 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from bitnest.kinds import ENDS
 from bitnest.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
+    from bitnest.formats import AnyFormat
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.budget import Budget
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
+    from bitnest.sites import Site
 
 AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
 """Measured on three texts and widths of 2 to 4 bits: .69 to .78 (docs/performance.md)."""
@@ -300,6 +302,10 @@ def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
             where=plan.where,
             hint="plan for this model, or empty the plan's 'source'",
         )
+    job = replace(planner.job, formats=planner.formats_of(plan))
+    check_target(job, plan)
+    sites = [s for s in planner.predictor.sites if planner.ends is not False or s.kind not in ENDS]
+    check_measured(plan, sites, job.formats, planner.formats)
     return planner.evaluate(plan)
 
 
@@ -309,7 +315,8 @@ def check_target(job: Job, plan: Plan) -> None:
     Raises:
         PlanError, TargetError: an unknown target, or the first site that breaks a rule of it.
     """
-    from bitnest.export.plan_targets import TARGETS, open_target
+    from bitnest.export.plan_targets import open_target
+    from bitnest.targets import TARGETS
 
     if plan.target not in TARGETS:
         raise PlanError(f"unknown target '{plan.target}'", where=plan.where,
@@ -320,15 +327,36 @@ def check_target(job: Job, plan: Plan) -> None:
     for site in sites:
         reason = target.allows(site, chosen[site.name])
         if reason:
-            raise TargetError(f"{plan.target}: {reason}", where=site.name, hint=hint)
+            place = plan.place(site, chosen[site.name].name)
+            raise TargetError(f"{plan.target}, {site.name}: {reason}", where=place, hint=hint)
     for group in target.together(sites):
         odd = [s for s in group if chosen[s.name].name != chosen[group[0].name].name]
         if odd:
+            last = max((group[0], odd[0]), key=plan.deciding)  # the exception, most likely
             raise TargetError(
                 f"{plan.target} wants one format for {group[0].name} "
-                f"({chosen[group[0].name].name}) and this site ({chosen[odd[0].name].name})",
-                where=odd[0].name, hint=hint,
+                f"({chosen[group[0].name].name}) and {odd[0].name} ({chosen[odd[0].name].name})",
+                where=plan.place(last, chosen[last.name].name), hint=hint,
             )  # fmt: skip
+
+
+def check_measured(
+    plan: Plan, sites: Sequence[Site], chosen: Mapping[str, AnyFormat], measured: Sequence[str]
+) -> None:
+    """Refuse a plan with formats that the statistics do not know.
+
+    Raises:
+        PlanError: the first site that has one, with the line of its rule.
+    """
+    for site in sites:
+        name = chosen[site.name].name
+        if name not in {"dense", *measured}:
+            raise PlanError(
+                f"format '{name}' of {site.name} was not measured",
+                where=plan.place(site, name),
+                hint=f"measured: {', '.join(measured)}; bitnest analyze MODEL --reuse DIR --format "
+                f"{name} -o NEW adds it",
+            )
 
 
 def frontier(
