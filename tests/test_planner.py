@@ -299,6 +299,14 @@ def test_a_plan_of_other_weights_is_refused_before_work(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("dial", [{"min_agreement": 0.9}, {"max_kl": 0.02}, {"bits": 3.5}])
+def test_a_plan_keeps_the_dial_that_was_asked(
+    dial: dict[str, Any], moe: Path, found: Statistics
+) -> None:
+    plan = api.plan(moe, statistics=found.path, **dial).plan
+    assert plan.asked == dial and Plan.from_text(plan.to_text()).asked == dial
+
+
 def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
     planned = planner(moe, found).plan(Budget(bits=4.0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.3.down_proj"):

@@ -187,7 +187,7 @@ def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
     except RecipeError:
         if not dials.measured:
             raise
-        return planner.plan(Budget(size=1 << 62))
+        return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
 
 
 def check_out(out: Path, statistics: str | Path) -> None:

@@ -92,7 +92,7 @@ class Dials:
         limit = self.max_kl
         if self.min_agreement is not None:
             limit = ((1 - self.min_agreement) / AGREEMENT) ** 2
-        return Budget(bits=self.bits, size=self.size, kl=limit, context=self.context)
+        return Budget(self.bits, self.size, limit, self.context, dial=self.to_json())
 
 
 def plan(

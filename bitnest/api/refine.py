@@ -82,8 +82,6 @@ def refine(
     try:
         for _ in range(ROUNDS):
             planned = _closest(planner, dials, aim)
-            asked = {k: v for k, v in vars(dials).items() if v}
-            planned = replace(planned, plan=replace(planned.plan, asked=asked))
             if planned.plan.digest in made:
                 break
             attempt = _make(
@@ -112,9 +110,9 @@ def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
     from bitnest.quantize.allocation.budget import Budget
 
     try:
-        return planner.plan(Budget(kl=aim))
+        return planner.plan(Budget(kl=aim, dial=dials.to_json()))
     except RecipeError:
-        return planner.plan(Budget(size=1 << 62))
+        return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
 
 
 def _make(
