@@ -383,6 +383,22 @@ def test_a_limit_is_met_by_measurement_with_little_to_spare(
     assert json.loads((done.path / "bitnest.json").read_text())["plan"]["policy"] == "bitnest"
 
 
+def test_a_finished_limit_is_known_as_the_same_command_s(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"statistics": found.path, "data": [f"text={text}"], **SMALL}
+    done = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    before = {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()}
+    monkeypatch.setattr("bitnest.quantize.compress._Run", lambda *_: pytest.fail("made again"))
+    again = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    assert again.plan == done.plan and again.artifact_bytes == done.artifact_bytes
+    assert {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()} == before
+    for other in ({"max_kl": 0.06}, {"max_kl": 0.05, "check": [str(text)]},
+                  {"max_kl": 0.05, "damp": 0.1}):  # fmt: skip
+        with pytest.raises(BitnestError, match="in the way"):
+            api.compress(moe, tmp_path / "a", **options, **other)
+
+
 def test_a_limit_that_no_plan_keeps_leaves_nothing(
     moe: Path, found: Statistics, text: Path, tmp_path: Path
 ) -> None:

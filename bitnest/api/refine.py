@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.api.texts import sources
-from bitnest.artifact import Artifact
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.errors import ArtifactError, BitnestError, DataError, RecipeError
+from bitnest.plan import Plan
+from bitnest.recipe import Rule
 from bitnest.workdir import in_the_way, is_empty, partial_directory
 
 if TYPE_CHECKING:
@@ -70,9 +72,10 @@ def refine(
 
     Raises:
         RecipeError: even the finest formats do not keep it; nothing is left behind.
+        ArtifactError: something else is in the way.
     """
     if not is_empty(maker.out):
-        raise in_the_way(maker.out)
+        return _finished(maker, job, statistics)
     limit = dials.max_kl if dials.max_kl is not None else 1 - (dials.min_agreement or 0.0)
     agreement = dials.max_kl is None
     aim = dials.budget().kl
@@ -103,6 +106,23 @@ def refine(
     shutil.rmtree(place, ignore_errors=True)
     disk = (found.plan or {}).get("expected", {}).get("artifact_bytes", forecast["disk"])
     return replace(found, forecast={**forecast, "disk": disk})
+
+
+def _finished(maker: Maker, job: Job, statistics: str | Path) -> CompressResult:
+    """The result of an earlier run of the same command. What was asked for must be the same, and
+    all that the bytes depend on, with the plan that was found then; it is not measured again.
+
+    Raises:
+        ArtifactError: what is there is something else.
+    """
+    if not is_artifact(maker.out):
+        raise in_the_way(maker.out)
+    manifest = Artifact.open(maker.out).manifest
+    if "plan" not in manifest or manifest.get("resolved") != job.asked:
+        raise in_the_way(maker.out)
+    rules = tuple(Rule(**rule) for rule in manifest["recipe"]["rules"])
+    plan = Plan(rules, target=manifest["plan"]["target"])
+    return maker.planned(job, plan, [], statistics)
 
 
 def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
