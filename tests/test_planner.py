@@ -31,6 +31,7 @@ from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes
 from bitnest.recipe import Recipe, Rule
+from bitnest.recipe_file import parse_recipe
 from bitnest.statistics import Statistics
 from tests.tiny import Builder
 
@@ -426,6 +427,14 @@ def test_a_plan_of_other_weights_is_refused_before_work(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("dial", [{"min_agreement": 0.9}, {"max_kl": 0.02}, {"bits": 3.5}])
+def test_a_plan_keeps_the_dial_that_was_asked(
+    dial: dict[str, Any], moe: Path, found: Statistics
+) -> None:
+    plan = api.plan(moe, statistics=found.path, **dial).plan
+    assert plan.asked == dial and Plan.from_text(plan.to_text()).asked == dial
+
+
 def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
     planned = planner(moe, found).plan(Budget(bits=4.0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.3.down_proj"):
@@ -472,6 +481,44 @@ def test_a_dropped_expert_is_predicted_alike_by_the_plan_and_by_what_carries_it_
     assert done.mean == pytest.approx(planned.mean)
 
 
+def test_the_resolved_recipe_is_kept_whole(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    """What is kept can be read as a recipe again, and asks for the same."""
+    import yaml
+
+    options: dict[str, Any] = {
+        "data": [f"text={text}"], "candidates": ["int2-g32", "int4-g32"], "exact": True,
+        "rules": ["kind:attention=int4-g32"], "damp": 0.05, "seed": 3, **SMALL,
+    }  # fmt: skip
+    done = api.compress(moe, tmp_path / "a", statistics=found.path, bits=3.0, **options)
+    kept = Artifact.open(done.path).manifest["resolved"]
+    assert parse_recipe(yaml.safe_dump(kept)) == {
+        "bits": 3.0, "target": "native", "policy": "bitnest", "ends": False, "method": "gptq",
+        "weighting": "gate", "clip": True, **options,
+    }  # fmt: skip
+    other = api.compress(moe, tmp_path / "b", format="int4-g32", data=[f"text={text}"], **SMALL)
+    kept = Artifact.open(other.path).manifest["resolved"]
+    assert kept["format"] == "int4-g32" and kept["data"]["texts"] == [f"text={text}"]
+    assert "budget" not in kept and "candidates" not in kept
+
+
+def test_a_plan_overruled_by_a_rule_is_an_edited_one(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plan = api.plan(moe, statistics=found.path, bits=4.0).plan
+    for name, rule, edited in (
+        ("a", "kind:expert=int2-g32", True),
+        ("b", "kind:embedding=dense", False),
+    ):
+        done = api.compress(
+            moe, tmp_path / name, plan=plan, rules=[rule], data=[f"text={text}"], **SMALL
+        )
+        assert done.plan is not None and done.plan["edited"] is edited
+        kept = Artifact.open(done.path).manifest["resolved"]
+        assert kept["plan"] == plan.digest and len(kept["rules"]) == 1
+
+
 # the closed loop
 
 
@@ -494,6 +541,22 @@ def test_a_limit_is_met_by_measurement_with_little_to_spare(
     kept = Artifact.open(done.path)
     kept.verify()
     assert json.loads((done.path / "bitnest.json").read_text())["plan"]["policy"] == "bitnest"
+
+
+def test_a_finished_limit_is_known_as_the_same_command_s(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"statistics": found.path, "data": [f"text={text}"], **SMALL}
+    done = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    before = {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()}
+    monkeypatch.setattr("bitnest.quantize.compress._Run", lambda *_: pytest.fail("made again"))
+    again = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    assert again.plan == done.plan and again.artifact_bytes == done.artifact_bytes
+    assert {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()} == before
+    for other in ({"max_kl": 0.06}, {"max_kl": 0.05, "check": [str(text)]},
+                  {"max_kl": 0.05, "damp": 0.1}):  # fmt: skip
+        with pytest.raises(BitnestError, match="in the way"):
+            api.compress(moe, tmp_path / "a", **options, **other)
 
 
 def test_a_limit_that_no_plan_keeps_leaves_nothing(
@@ -682,6 +745,20 @@ def test_a_plan_is_held_against_its_own_target(
         api.compress(moe, tmp_path / "a", plan=nothing, data=[f"text={text}"], **SMALL)
     assert caught.value.where.startswith("p.yaml:")
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_another_method_are_refused_before_work(
+    moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were found, not named: nothing but another method or other statistics helps."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(found.path, tmp_path / f"{moe.name}-statistics")
+    monkeypatch.setattr(Checkpoint, "scan", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(StatisticsError, match="--method gptq, not rtn") as caught:
+        api.compress(moe, tmp_path / "a", size=300_000, method="rtn")
+    assert "--method rtn -o DIR" in caught.value.hint and "leave out" not in caught.value.hint
 
 
 def test_statistics_that_are_found_name_the_text_to_calibrate_on(

@@ -13,10 +13,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitnest.api.planning import (
     Dials,
+    check_measured,
     check_policy,
     check_target,
     default_statistics,
@@ -28,8 +29,17 @@ from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
-from bitnest.statistics import is_statistics
+from bitnest.plan import digest_of
+from bitnest.recipe import (
+    DEFAULT_BITS,
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    Recipe,
+    Rule,
+    default_format,
+    resolved,
+)
+from bitnest.statistics import Statistics, is_statistics
 from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
@@ -41,9 +51,6 @@ if TYPE_CHECKING:
     from bitnest.quantize.preflight import Preflight
 
 log = logging.getLogger(__name__)
-
-DEFAULT_SAMPLES = 64
-DEFAULT_LENGTH = 512
 
 
 def compress(
@@ -123,11 +130,15 @@ def compress(
     )
     plain = not any(extras.values())
     uniform = _uniform_format(dials, format, group, plan, method, statistics, policy, plain)
+    place = Path(statistics or default_statistics(model))
+    if uniform is None and plan is None:
+        check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
+    given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     before: list[Preflight] = []
 
     def ready(job: Job) -> None:
@@ -141,14 +152,17 @@ def compress(
 
     if uniform is not None or plan is not None:
         if plan is None:
+            job = replace(job, asked=resolved(recipe, **given))
             done = maker.carry_out(job, statistics, ready=ready)
         else:
+            opened = _opened(plan)
+            asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
             done = maker.planned(
-                job, opened := _opened(plan), rules, statistics or plan_statistics(opened, model),
+                replace(job, asked=asked), opened, rules,
+                statistics or plan_statistics(opened, model),
                 ready=ready, named=statistics is not None,
             )  # fmt: skip
         return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
-    place = Path(statistics or default_statistics(model))
     check_out(maker.out, place)
     # statistics that are there name the text, whether they were named or found
     job = maker.calibrated(job, place if statistics or is_statistics(place) else None, force=True)
@@ -156,6 +170,12 @@ def compress(
         check_texts(check)
     if not dials.given:
         dials = Dials(bits=float(DEFAULT_BITS), context=context)
+    planning = {
+        "target": target, "policy": policy, "candidates": list(candidates),
+        "ends": dials.bits is None if ends is None else ends, "exact": exact,
+    }  # fmt: skip
+    asked = resolved(recipe, {"budget": dials.to_json()}, planning=planning, **given)
+    job = replace(job, asked=asked)
     planner = open_planner(
         model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
         data=data, samples=samples, length=length, method=method, weighting=weighting, damp=damp,
@@ -163,6 +183,8 @@ def compress(
         trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
         checked=True,
     )  # fmt: skip
+    job = replace(job, asked={**asked, "candidates": list(planner.formats)})
+    planner.job = job
     found = first_plan(planner, dials, policy)
     forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                         length=length, out=maker.out)  # fmt: skip
@@ -199,7 +221,7 @@ def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
     except RecipeError:
         if not dials.measured:
             raise
-        return planner.plan(Budget(size=1 << 62))
+        return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
 
 
 def check_out(out: Path, statistics: str | Path) -> None:
@@ -212,6 +234,24 @@ def check_out(out: Path, statistics: str | Path) -> None:
     same = is_artifact(out) and is_statistics(Path(statistics))
     if not is_empty(out) and not same:
         raise in_the_way(out)
+
+
+def check_method(model: str | Path, statistics: Path, method: str) -> None:
+    """Refuse to plan by losses of another method than the one that is to be carried out.
+
+    Raises:
+        StatisticsError: they are, or the statistics cannot be read.
+    """
+    if not is_statistics(statistics):
+        return
+    measured = Statistics.open(statistics).header["method"]
+    if measured != method:
+        raise StatisticsError(
+            f"these statistics were measured with --method {measured}, not {method}",
+            where=str(statistics),
+            hint=f"--method {measured}; or bitnest analyze {model} --method {method} -o DIR, and "
+            "--statistics DIR",
+        )
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -343,11 +383,13 @@ class Maker:
         """Carry out a plan, the rules given by hand on top of it; see `carry_out`."""
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
-        plan.formats(job.sites)  # names the line of a rule that matches nothing
-        job = replace(
-            job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
-        )
+        before = plan.formats(job.sites)  # names the line of a rule that matches nothing
+        job = replace(job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize))
         check_target(job, plan)
+        if statistics is not None and named:
+            check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
+        overruled = any(job.formats[name].name != fmt for name, fmt in before.items())
+        job = replace(job, plan=replace(plan, overruled=overruled))
         return self.carry_out(job, statistics, out, ready=ready, named=named)
 
     def carry_out(

@@ -25,7 +25,7 @@ MARGIN = 4096  # bytes: of a hint, for what the manifest will say besides
 @dataclass(frozen=True)
 class Budget:
     """What was asked for: one of bits, size (bytes) and kl (nats). context: tokens of a cache that
-    a size has to hold as well.
+    a size has to hold as well. dial: what a person asked for, where the budget was made of that.
 
     Raises:
         RecipeError: none or several, or out of range.
@@ -35,6 +35,7 @@ class Budget:
     size: int | None = None
     kl: float | None = None
     context: int = 0
+    dial: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.context and self.size is None:
@@ -61,7 +62,9 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """What was given."""
-        found = {k: v for k, v in vars(self).items() if v is not None and k != "context"}
+        if self.dial is not None:
+            return dict(self.dial)
+        found = {k: v for k in ("bits", "size", "kl") if (v := getattr(self, k)) is not None}
         return {**found, **({"context": self.context} if self.context else {})}
 
 

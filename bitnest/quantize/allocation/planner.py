@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
-from bitnest.plan import Plan
+from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
@@ -36,7 +37,8 @@ from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
-from bitnest.recipe import sized
+from bitnest.recipe import resolved, sized
+from bitnest.sites import Site
 from bitnest.targets import Target
 
 SOLVES = 16  # of a size, until it fits
@@ -116,7 +118,8 @@ class Planner:
         return self._finish(evidence, choice, budget, policy, spend)
 
     def evaluate(self, plan: Plan) -> Planned:
-        """What a plan that is already there costs and loses.
+        """What a plan that is already there costs and loses. The figures and the digest of the
+        result are of its rules as they are now.
 
         Raises:
             RecipeError: it names no site, or breaks a rule of the target.
@@ -126,7 +129,8 @@ class Planner:
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
         found = self._finish(evidence, choice, Budget(size=1), "")
-        return replace(found, plan=replace(plan, expected=found.plan.expected))
+        now = replace(plan, expected=found.plan.expected, digest=digest_of(plan.rules))
+        return replace(found, plan=now)
 
     def evidence(
         self, budget: Budget, *, ends: bool | None = None, suited: bool = True
@@ -239,6 +243,8 @@ class Planner:
         """Sizes of the artifact of one choice per item, its manifest as this plan's will be."""
         formats = menu.plan(choice)
         job = replace(self._job(formats), plan=self._draft(budget), expected=self._expected)
+        if self.job.asked is None:  # carried out later, with options that are not known yet
+            job = replace(job, asked=self._asked(budget))
         assumed = None if self.job.calibration is not None else self._assumed()
         return artifact_sizes(job, self._formats(formats), budget.context, assumed)
 
@@ -250,6 +256,14 @@ class Planner:
             (), target=self.target.name, policy="frequency", asked=budget.to_json(),
             expected={**figures, **texts},
         )  # fmt: skip
+
+    def _asked(self, budget: Budget) -> dict[str, Any]:
+        """The resolved recipe of `compress` with this budget and no other option."""
+        planning = {
+            "target": self.target.name, "policy": "frequency", "candidates": list(self.formats),
+            "ends": False, "exact": False,
+        }  # fmt: skip
+        return resolved(self.job.recipe, {"budget": budget.to_json()}, planning=planning)
 
     @cached_property
     def _expected(self) -> Expected:
