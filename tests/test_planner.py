@@ -796,7 +796,7 @@ def test_a_plan_is_calibrated_on_the_text_it_was_made_with(
     edited = replace(plan, rules=(*plan.rules, Rule.parse("*.q_proj=int7-g32")))
     free = api.compress(moe, tmp_path / "c", plan=edited, **SMALL)  # not measured: no prediction
     assert free.predicted is None
-    with pytest.raises(StatisticsError, match="int7-g32"):
+    with pytest.raises(PlanError, match="int7-g32"):
         api.compress(moe, tmp_path / "d", plan=edited, statistics=place, **SMALL)
     strange = replace(plan, source="0" * 64)
     assert plan_statistics(strange, moe) is None and plan_statistics(plan, moe) is not None
