@@ -3,7 +3,7 @@
 An item is a group of sites that the target wants equal, mostly one site. Its bytes, code bits and
 losses are the sums of its sites'. Dense costs what the source's values take and loses nothing.
 `zero`, where it is among the formats, drops a matrix; all matrices of one expert dropped together
-lose what dropping the last one loses, since nothing of the others is left to lose: a bundle.
+lose one such loss, since nothing of the others is left to lose (`predict.WHOLE`): a bundle.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bitnest.calibrate.predict import DROP, depths, whole_experts
+from bitnest.calibrate.predict import DROP, WHOLE, depths, whole_experts
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
@@ -143,7 +143,7 @@ class Menu:
         """Experts that can be dropped whole. weighted: loss (N, F) in one unit."""
         drop = self.formats.index(DROP) if self.experts else 0
         return tuple(
-            Bundle(group, (drop,) * len(group), float(weighted[list(group), drop].max()))
+            Bundle(group, (drop,) * len(group), WHOLE * float(weighted[list(group), drop].max()))
             for group in self.experts
         )
 
