@@ -8,7 +8,7 @@ somewhere; or `kind:attention`.
 into families by what is left when numbers are taken out; a family's most common value comes first,
 `a.*.b`, then the exceptions, `a.{1,4}.b` or, with two numbers, one rule for all layers that have a
 value at the same experts. What is folded expands to exactly what went in; that is checked, and
-names that would not are written out.
+names that would not are written out, those that read as patterns by `re:`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _SET = re.compile(r"\{([^{}]*)\}")
 _WORD = re.compile(r"[A-Za-z0-9_]+")
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _SPECIAL = re.compile(r"[*?\[{]")
+_PATTERN = re.compile(r"[*?\[\]{}]|^kind:|^re:")  # in a name: it would not stand for itself
 _LARGEST = 100_000  # numbers in one range
 
 
@@ -160,7 +161,8 @@ def _alike(families: Mapping[tuple[str, ...], Family]) -> list[tuple[tuple[str, 
     merged: list[tuple[list[tuple[str, ...]], Family]] = []
     for key, family in families.items():
         for keys, other in merged:
-            if keys[0][:-1] == key[:-1] and other == family:
+            words = _WORD.fullmatch(key[-1]) and _WORD.fullmatch(keys[0][-1])
+            if words and keys[0][:-1] == key[:-1] and other == family:
                 keys.append(key)
                 break
         else:
@@ -205,12 +207,26 @@ def _spell(key: tuple[str, ...], numbers: Sequence[str]) -> str:
 
 
 def _exact(rules: list[tuple[str, str]], values: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The rules, and after them by name whatever they do not expand to rightly."""
+    """The rules, less those that are no patterns or match nothing, and after them by name whatever
+    they do not expand to rightly."""
     names = Names(_named(name) for name in values)
     found: dict[str, str] = {}
+    kept = []
     for pattern, value in rules:
-        found.update(dict.fromkeys(names.matching(pattern), value))
-    return [*rules, *((name, value) for name, value in values.items() if found.get(name) != value)]
+        try:
+            hits = names.matching(pattern)
+        except RecipeError:  # of a name with a brace in it, say
+            continue
+        if hits:
+            kept.append((pattern, value))
+        found.update(dict.fromkeys(hits, value))
+    wrong = ((name, value) for name, value in values.items() if found.get(name) != value)
+    return [*kept, *((_literal(name), value) for name, value in wrong)]
+
+
+def _literal(name: str) -> str:
+    """The pattern that matches this name alone."""
+    return rf"re:\A{re.escape(name)}\Z" if _PATTERN.search(name) else name
 
 
 def _named(name: str) -> Site:

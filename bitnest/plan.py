@@ -33,6 +33,7 @@ from bitnest.formats import parse_format
 from bitnest.patterns import Names, fold, matcher
 from bitnest.recipe import Rule
 from bitnest.sites import Site
+from bitnest.targets import TARGETS
 from bitnest.workdir import write_text
 from bitnest.yaml_lines import broken, items, pair, plain, top_level
 
@@ -42,6 +43,10 @@ KEYS: dict[str, type] = {
     "plan": int, "model": str, "source": str, "target": str, "policy": str,
     "asked": dict, "expected": dict, "digest": str, "rules": list,
 }  # fmt: skip
+POLICIES = (
+    "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe",
+)  # fmt: skip
+ASKED = ("bits", "size", "kl", "max_kl", "min_agreement", "context")
 HEAD = """\
 # A bitnest plan: the number format of every weight. Rules are read in order and the last one that
 # matches decides; {0,3-5} is any of these numbers; sites without a rule stay dense.
@@ -52,7 +57,8 @@ HEAD = """\
 @dataclass(frozen=True)
 class Plan:
     """See above. rules: in order. expected: figures of the rules that `digest` is of. where, lines:
-    file and lines that the rules were read from, if they were."""
+    file and lines that the rules were read from, if they were. overruled: other rules were put on
+    top of these where it was carried out, and changed a format."""
 
     rules: tuple[Rule, ...]
     model: str = ""
@@ -64,6 +70,7 @@ class Plan:
     digest: str = ""
     where: str = field(default="", compare=False)
     lines: tuple[int, ...] = field(default=(), compare=False)
+    overruled: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, formats: Mapping[str, str], **rest: Any) -> Plan:
@@ -71,10 +78,32 @@ class Plan:
         rules = tuple(Rule(pattern, fmt) for pattern, fmt in fold(formats))
         return cls(rules, digest=digest_of(rules), **rest)
 
+    def deciding(self, site: Site) -> int:
+        """Number of the rule that decides a site, -1 for none."""
+        found = -1
+        for number, rule in enumerate(self.rules):
+            found = number if matcher(rule.pattern)(site) else found
+        return found
+
+    def place(self, site: Site, fmt: str) -> str:
+        """Where it is said that a site gets a format: file and line; the site's name if the plan
+        was not read from a file, or says something else."""
+        number = self.deciding(site)
+        if number < 0 or not self.lines:
+            return self.where or site.name
+        said = self.rules[number].format == fmt
+        return f"{self.where}:{self.lines[number]}" if said else site.name
+
     @property
     def edited(self) -> bool:
         """Whether the rules are others than those that were solved."""
-        return bool(self.digest) and self.digest != digest_of(self.rules)
+        return self.overruled or (bool(self.digest) and self.digest != digest_of(self.rules))
+
+    @property
+    def state(self) -> str:
+        """`solved` if the rules are those that were solved, else `edited`; `unknown` without a
+        digest."""
+        return "edited" if self.edited else "solved" if self.digest else "unknown"
 
     def formats(self, sites: Sequence[Site]) -> dict[str, str]:
         """Format name of every site.
@@ -163,6 +192,7 @@ class Plan:
             values[key] = plain(node, where) if key != "rules" else None
             if key != "rules" and type(values[key]) is not KEYS[key]:
                 raise broken(f"'{key}' must be a {KEYS[key].__name__}", node, where)
+            _check_value(key, values[key], node, where)
         if values.get("plan") != VERSION:
             raise PlanError(
                 f"plan of version {values.get('plan')}, this bitnest reads {VERSION}",
@@ -183,6 +213,24 @@ def digest_of(rules: Sequence[Rule]) -> str:
     """Of the rules in their order, 16 digits."""
     text = "\n".join(f"{rule.pattern}={rule.format}" for rule in rules)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_value(key: str, value: Any, node: yaml.Node, where: str) -> None:
+    """Refuse a name that nothing has, and a dial that is no number.
+
+    Raises:
+        PlanError: with the line.
+    """
+    if key == "target" and value not in TARGETS:
+        raise broken(f"unknown target '{value}'", node, where, "one of " + ", ".join(TARGETS))
+    if key == "policy" and value not in {"", *POLICIES}:
+        raise broken(f"unknown policy '{value}'", node, where, "one of " + ", ".join(POLICIES))
+    for name, number in value.items() if key == "asked" else ():
+        if name not in ASKED:
+            raise broken(f"unknown dial '{name}' in 'asked'", node, where,
+                         "known: " + ", ".join(ASKED))  # fmt: skip
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise broken(f"'asked.{name}' must be a number, not {number!r}", node, where)
 
 
 def _rule(node: yaml.Node, where: str) -> Rule:

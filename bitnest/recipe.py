@@ -8,7 +8,7 @@ head stay dense unless a rule names them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
+DEFAULT_SAMPLES = 64
+DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,36 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and the fingerprint."""
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+
+
+def resolved(
+    recipe: Recipe,
+    dial: Mapping[str, Any] | None = None,
+    *,
+    planning: Mapping[str, Any] | None = None,
+    texts: Sequence[str] = (),
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    check: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Everything that was asked for with every default filled in, in the keys of a recipe file.
+
+    dial: `budget: {...}`, `format: NAME` or `plan: DIGEST`; None: the recipe's one format.
+    planning: target, policy, candidates, ends and exact. texts: calibration texts as they were
+    given; none means those of the statistics, or the embedded text. check: as given.
+    """
+    fit = {key: getattr(recipe, key) for key in ("method", "damp", "weighting", "clip")}
+    if recipe.min_tokens is not None:
+        fit["min_tokens"] = recipe.min_tokens
+    data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
+    return {
+        **({"format": recipe.format} if dial is None else dial),
+        **(planning or {}),
+        "rules": [{rule.pattern: rule.format} for rule in recipe.rules],
+        "fit": fit,
+        "data": data,
+        **({"check": list(check)} if check else {}),
+    }
 
 
 def default_format(bits: float | None, fmt: str | None, group: int | None) -> str:

@@ -12,19 +12,25 @@
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
 
-Every key may be left out. Options given on the command line win over it. Errors name the line.
+Every key may be left out. Options given on the command line win over it; a dial given there puts
+aside the recipe's with all that belongs to it (`left_behind`). Errors name the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bitnest.errors import BitnestError, PlanError
-from bitnest.recipe import Rule
+from bitnest.formats import parse_format
+from bitnest.patterns import matcher
+from bitnest.plan import POLICIES
+from bitnest.recipe import Recipe, Rule
+from bitnest.targets import TARGETS
 from bitnest.yaml_lines import broken, items, pair, plain, top_level
 
 Parse = Callable[[Any], Any]
@@ -47,6 +53,27 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _from(least: int) -> Parse:
+    def parse(value: Any) -> int:
+        if _whole(value) < least:
+            raise ValueError(f"a whole number from {least} on")
+        return int(value)
+
+    return parse
+
+
+def _width(value: Any) -> float:
+    if not 0 < _number(value) <= 16:
+        raise ValueError("a width above 0, 16 at most")
+    return _number(value)
+
+
+def _limit(value: Any) -> float:
+    if not 0 < _number(value) < math.inf:
+        raise ValueError("a number above 0")
+    return _number(value)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -59,16 +86,38 @@ def _word(value: Any) -> str:
     return value
 
 
-def _words(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of words")
-    return list(value)
+def _one_of(known: Collection[str]) -> Parse:
+    def parse(value: Any) -> str:
+        if value not in known:
+            raise ValueError("one of " + ", ".join(known))
+        return str(value)
+
+    return parse
+
+
+def _format(value: Any) -> str:
+    parse_format(_word(value))
+    return str(value)
+
+
+def _fits(name: str, parse: Parse) -> Parse:
+    """A value that a `Recipe` takes."""
+
+    def checked(value: Any) -> Any:
+        options: dict[str, Any] = {name: parse(value)}
+        Recipe(**options)
+        return options[name]
+
+    return checked
 
 
 def _size(value: Any) -> int:
     from bitnest.sizes import parse_size
 
-    return _whole(value) if isinstance(value, int) else parse_size(_word(value))
+    number = _whole(value) if isinstance(value, int) else parse_size(_word(value))
+    if number < 1:
+        raise ValueError("a size above 0")
+    return number
 
 
 def _share(value: Any) -> float:
@@ -77,35 +126,43 @@ def _share(value: Any) -> float:
         number = float(text.removesuffix("%"))
     except ValueError as error:
         raise ValueError("a share such as 95% or 0.95") from error
-    return number / (100 if text.endswith("%") else 1)
+    share = number / (100 if text.endswith("%") else 1)
+    if not 0 < share < 1:
+        raise ValueError("a share between 0 and 1, such as 95% or 0.95")
+    return share
 
 
 SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
     "budget": {
-        "bits": ("bits", _number), "size": ("size", _size), "max_kl": ("max_kl", _number),
+        "bits": ("bits", _width), "size": ("size", _size), "max_kl": ("max_kl", _limit),
         "min_agreement": ("min_agreement", _share), "context": ("context", _whole),
     },
     "fit": {
-        "method": ("method", _word), "damp": ("damp", _number), "weighting": ("weighting", _word),
-        "min_tokens": ("min_tokens", _whole), "clip": ("clip", _flag),
+        "method": ("method", _fits("method", _word)), "damp": ("damp", _fits("damp", _number)),
+        "weighting": ("weighting", _fits("weighting", _word)),
+        "min_tokens": ("min_tokens", _fits("min_tokens", _whole)), "clip": ("clip", _flag),
     },
     "data": {
-        "texts": ("data", _words), "samples": ("samples", _whole), "length": ("length", _whole),
-        "seed": ("seed", _whole),
+        "texts": ("data", _word), "samples": ("samples", _from(1)), "length": ("length", _from(2)),
+        "seed": ("seed", _fits("seed", _whole)),
     },
 }  # fmt: skip
 PLAIN: dict[str, tuple[str, Parse]] = {
-    "target": ("target", _word), "policy": ("policy", _word),
-    "candidates": ("candidates", _words), "ends": ("ends", _flag), "exact": ("exact", _flag),
-    "format": ("format", _word), "check": ("check", _words),
+    "target": ("target", _one_of(TARGETS)), "policy": ("policy", _one_of(POLICIES)),
+    "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
+    "format": ("format", _format), "check": ("check", _word),
 }  # fmt: skip
+LISTS = {"candidates", "check", "data.texts"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
+LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to
+FIXED = {"format", "group", "plan"}  # nothing is planned beside one of these
+PLANNING = {"target", "policy", "candidates", "ends", "exact"}
 
 
 def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Keyword arguments of `api.compress` that a recipe gives. skip: those given otherwise; one
-    dial given otherwise puts aside the recipe's.
+    """Keyword arguments of `api.compress` that a recipe gives. skip: those given otherwise, which
+    take others with them, see `left_behind`.
 
     Raises:
         PlanError: unreadable or broken, with the line.
@@ -116,8 +173,24 @@ def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
         raise PlanError(f"cannot read the recipe: {error}", where=str(path),
                         hint="recipes/ in the repository has some") from error  # fmt: skip
     found = parse_recipe(text, str(path))
-    gone = set(skip) | (DIALS if DIALS & set(skip) else set())
+    gone = set(skip) | left_behind(skip)
     return {key: value for key, value in found.items() if key not in gone}
+
+
+def left_behind(given: Collection[str]) -> set[str]:
+    """What a recipe says in vain once the options `given` win over it: its dial beside another, the
+    cache without a size, the text of a limit without one, planning where nothing is planned."""
+    dials = DIALS & set(given)
+    if not dials:
+        return set()
+    gone = set(DIALS)
+    if "size" not in dials:
+        gone.add("context")
+    if not dials & LIMITS:
+        gone.add("check")
+    if dials & FIXED:
+        gone |= PLANNING
+    return gone
 
 
 def parse_recipe(text: str, where: str = "recipe") -> dict[str, Any]:
@@ -127,7 +200,8 @@ def parse_recipe(text: str, where: str = "recipe") -> dict[str, Any]:
         PlanError: broken, with the line.
     """
     values: dict[str, Any] = {}
-    for key, node in top_level(text, where, KEYS, "recipe").items():
+    nodes = top_level(text, where, KEYS, "recipe")
+    for key, node in nodes.items():
         if key == "rules":
             values["rules"] = _rules(node, where)
         elif key in PLAIN:
@@ -135,7 +209,25 @@ def parse_recipe(text: str, where: str = "recipe") -> dict[str, Any]:
             values[name] = _value(key, node, parse, where)
         else:
             values.update(_section(key, node, where))
+    _check_one_dial(nodes, where)
     return values
+
+
+def _check_one_dial(nodes: Mapping[str, yaml.Node], where: str) -> None:
+    """Refuse two answers to what the result is to be.
+
+    Raises:
+        PlanError: with the line of the second.
+    """
+    found: list[tuple[str, yaml.Node]] = []
+    for key, node in nodes.items():
+        if key == "format":
+            found.append((key, node))
+        elif key == "budget":
+            found += [(name.value, name) for name, _ in node.value if name.value in DIALS]
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise broken(f"one dial at a time, not {names}", found[1][1], where, "leave one out")
 
 
 def _section(key: str, node: yaml.Node, where: str) -> dict[str, Any]:
@@ -156,6 +248,13 @@ def _section(key: str, node: yaml.Node, where: str) -> dict[str, Any]:
 
 
 def _value(key: str, node: yaml.Node, parse: Parse, where: str) -> Any:
+    if key in LISTS:
+        hint = f"'{key}' is a list, such as [A, B]"
+        return [_single(key, item, parse, where) for item in items(node, where, hint)]
+    return _single(key, node, parse, where)
+
+
+def _single(key: str, node: yaml.Node, parse: Parse, where: str) -> Any:
     value = plain(node, where)
     try:
         return parse(value)
@@ -172,6 +271,7 @@ def _rules(node: yaml.Node, where: str) -> list[str]:
         pattern, fmt = pair(item, where, hint)
         try:
             Rule.parse(f"{pattern}={fmt}")
+            matcher(pattern)
         except BitnestError as error:
             raise broken(error.what, item, where, error.hint) from error
         found.append(f"{pattern}={fmt}")

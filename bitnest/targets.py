@@ -24,6 +24,9 @@ def each_alone(sites: Sequence[Site]) -> list[list[Site]]:
     return [[site] for site in sites]
 
 
+TARGETS = ("native", "vllm-cuda", "vllm-cpu", "transformers", "gguf")  # what files may name
+
+
 @dataclass(frozen=True)
 class Target:
     """name: of the engine. formats: candidates when none are named, coarse to fine; `dense` is

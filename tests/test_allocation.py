@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnest.quantize.allocation.exact import integer_program, solve_exact
+from bitnest.quantize.allocation.explain import marginal_price
 from bitnest.quantize.allocation.problem import BudgetError, Bundle, Problem
 from bitnest.quantize.allocation.relaxation import equal_slope_widths, level, relaxed_loss
 from bitnest.quantize.allocation.solver import reduce, repair, solve
@@ -136,6 +137,20 @@ def test_dropping_an_expert_is_one_decision() -> None:
     together = solve(Problem(cost, loss, 20, (Bundle((0, 1, 2), (0, 0, 0), 0.2),)))
     assert alone.loss == 0.5 and together.loss == pytest.approx(0.2)
     assert (together.choice == 0).all() and together.cost == 0
+
+
+def test_the_price_of_a_plan_is_that_of_steps_that_were_open() -> None:
+    cost = np.array([[0, 10], [0, 10], [0, 10], [0, 10], [0, 10]])
+    loss = np.array([[0.5, 0.0], [0.5, 0.0], [0.5, 0.0], [0.1, 0.0], [0.04, 0.0]])
+    problem = Problem(cost, loss, 10, (Bundle((0, 1, 2), (0, 0, 0), 0.2),))
+    found = solve(problem)
+    assert found.choice.tolist() == [0, 0, 0, 1, 0]
+    # up: the expert as a whole for .2 / 30, the last item for .04 / 10; down: the fourth, .1 / 10
+    assert marginal_price(problem, found.choice) == pytest.approx((0.2 / 30 + 0.1 / 10) / 2)
+    kept = np.array([1, 1, 1, 1, 0])  # now it is the expert that would go first
+    assert marginal_price(problem, kept) == pytest.approx((0.04 / 10 + 0.2 / 30) / 2)
+    odd = np.array([0, 0, 0, 0, 1])  # not the best: up .1 / 10 is worth more than down .04 / 10
+    assert 0.04 / 10 <= marginal_price(problem, odd) <= 0.1 / 10
 
 
 def test_too_small_a_budget_says_what_it_would_take() -> None:

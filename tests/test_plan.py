@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from bitnest.errors import BitnestError, PlanError, RecipeError
 from bitnest.patterns import Names, fold, matcher, number_set
-from bitnest.plan import Plan
+from bitnest.plan import POLICIES, Plan
 from bitnest.recipe_file import parse_recipe, read_recipe
 from bitnest.sites import Site
+from bitnest.targets import TARGETS
 
 FORMATS = ("int2-g128", "int3-g128", "int4-g128@had64", "dense")
 
@@ -106,6 +107,32 @@ def test_matching_many_patterns_gives_what_one_by_one_does() -> None:
         assert set(table.matching(pattern)) == slow, pattern
 
 
+ODD = (
+    "up-proj", "gate_proj", "a[0].b", "a0.b", "lm*head", "lm_head", "x{1}.y", "x{.y", "x}.y",
+    "kind:eggs", "re:(", "q?.r", "a: b", "#c", "é.ü", "1.2.3", "null", "*", "-y", " z",
+    "layers.00.up", "layers.0.up", "{a,b}", "a", "b", "a\nb", "!t",
+)  # fmt: skip
+
+
+def test_sibling_modules_whose_names_are_no_words_are_written_out() -> None:
+    wanted = {f"m.{i}.{w}": "int2-g128" for i in range(3) for w in ("gate_proj", "up-proj")}
+    wanted["lm_head"] = "dense"
+    plan = Plan.of(wanted)
+    assert Plan.from_text(plan.to_text()).formats([site(name) for name in wanted]) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_names_that_read_as_patterns_fold_exactly_too(data: st.DataObject) -> None:
+    parents = data.draw(st.lists(st.sampled_from(["", "m.0.", "m.1.", "é-.3."]), min_size=1))
+    every = dict.fromkeys(parent + name for parent in parents for name in ODD)
+    wanted = {name: data.draw(st.sampled_from(FORMATS)) for name in every}
+    plan = Plan.of(wanted)
+    again = Plan.from_text(plan.to_text())
+    assert again == plan
+    assert again.formats([site(name) for name in wanted]) == wanted
+
+
 def test_an_edited_plan_is_known_as_such() -> None:
     text = Plan.of(dict.fromkeys(names(2, 2), "int4-g128")).to_text()
     assert Plan.from_text(text.replace("int4-g128", "int5-g128")).edited
@@ -137,6 +164,10 @@ def test_a_plan_of_another_model_is_refused_by_its_rule() -> None:
         ("plan: 1\nrules:\n- a: int4-g128\n  b: [\n", 5, "YAML"),
         ("plan: 1\nmodel: 2024-02-30\nrules: []\n", 2, "plain"),
         ("plan: 1\nasked: {when: !!int abc}\nrules: []\n", 2, "plain"),
+        ("plan: 1\nasked: {bits: abc}\nrules: []\n", 2, "asked.bits"),
+        ("plan: 1\nasked: {width: 3}\nrules: []\n", 2, "width"),
+        ("plan: 1\n\npolicy: foo\nrules: []\n", 3, "foo"),
+        ("plan: 1\ntarget: abacus\nrules: []\n", 2, "abacus"),
     ],
 )
 def test_mistakes_are_found_with_their_line(text: str, line: int, word: str) -> None:
@@ -190,6 +221,31 @@ def test_a_recipe_s_values_and_what_the_command_line_overrides(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"bits"}, {"target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"size"}, {"context", "target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"max_kl"}, {"check", "target", "policy", "candidates", "ends", "exact", "rules", "damp"}),
+        ({"format"}, {"rules", "damp"}),
+        ({"group"}, {"rules", "damp"}),
+        ({"plan"}, {"rules", "damp"}),
+        ({"damp", "ends"}, {"context", "check", "target", "policy", "candidates", "exact", "rules",
+                            "size"}),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_a_dial_goes_with_it(
+    given: set[str], kept: set[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "budget: {size: 12MiB, context: 100}\ntarget: vllm-cpu\ncandidates: [int4-g128]\n"
+        "policy: bitnest\nends: true\nexact: true\ncheck: [a.txt]\nfit: {damp: 0.1}\n"
+        "rules:\n- kind:attention: int8-g128\n"
+    )
+    assert set(read_recipe(path, skip=given)) == kept
+
+
+@pytest.mark.parametrize(
     "text, line",
     [
         ("budget: {bits: three}\n", 1),
@@ -206,12 +262,39 @@ def test_a_recipe_s_values_and_what_the_command_line_overrides(tmp_path: Path) -
         ("fit:\n  damp: 0.01\n  damp: 0.5\n", 3),
         ("fit: {[a]: 0.01}\n", 1),
         ("budget:\n  context: -500\n", 2),
+        ("budget:\n  bits: 17\n", 2),
+        ("budget:\n  size: 0\n", 2),
+        ("budget:\n  max_kl: -1\n", 2),
+        ("budget:\n  min_agreement: 95\n", 2),
+        ("budget:\n  bits: 3\n  size: 12MiB\n", 3),
+        ("budget: {bits: 3}\nformat: int4-g128\n", 2),
+        ("ends: true\nformat: int99-g128\n", 2),
+        ("ends: true\ntarget: foo\n", 2),
+        ("ends: true\npolicy: foo\n", 2),
+        ("candidates:\n- int4-g128\n- foo\n", 3),
+        ("check:\n- a.txt\n- 3\n", 3),
+        ("rules:\n- '*': int4-g128\n- kind:attn: int4-g128\n", 3),
+        ("fit:\n  clip: true\n  damp: 2\n", 3),
+        ("fit:\n  method: awq\n", 2),
+        ("fit:\n  weighting: heavy\n", 2),
+        ("fit:\n  min_tokens: 0\n", 2),
+        ("data:\n  samples: 0\n", 2),
+        ("data:\n  length: 1\n", 2),
+        ("data:\n  texts:\n  - a.txt\n  - [b]\n", 4),
     ],
 )
 def test_mistakes_in_recipes_are_found_with_their_line(text: str, line: int) -> None:
     with pytest.raises(BitnestError) as caught:
         parse_recipe(text, "r.yaml")
     assert caught.value.where == f"r.yaml:{line}"
+
+
+def test_names_that_files_may_give_are_those_there_are() -> None:
+    from bitnest.export.plan_targets import open_target
+    from bitnest.quantize.allocation import policies
+
+    assert set(POLICIES) == set(policies.POLICIES)
+    assert [open_target(name, {}).name for name in TARGETS] == list(TARGETS)
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:

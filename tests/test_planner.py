@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from bitnest import api
+from bitnest.api.compressing import plan_statistics
+from bitnest.api.planning import default_statistics
 from bitnest.artifact import Artifact
+from bitnest.calibrate.expect import expect
 from bitnest.calibrate.predict import Predictor
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, PlanError, RecipeError, StatisticsError, TargetError
@@ -20,13 +23,15 @@ from bitnest.export.plan_targets import TARGETS, open_target
 from bitnest.export.targets import check_engine
 from bitnest.formats import parse_format
 from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, smallest_of_width
+from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.explain import explain
 from bitnest.quantize.allocation.planner import Planner
 from bitnest.quantize.allocation.policies import POLICIES
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import prepare
 from bitnest.quantize.sizing import artifact_sizes, cache_bytes
 from bitnest.recipe import Recipe, Rule
+from bitnest.recipe_file import parse_recipe
 from bitnest.statistics import Statistics
 from tests.tiny import Builder
 
@@ -44,6 +49,16 @@ def found(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     return api.analyze(
         moe, tmp_path_factory.mktemp("s") / "statistics", data=[f"text={text}"], formats=FORMATS,
         probes=6, probe_windows=2, fisher_windows=2, **SMALL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def droppable(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """With `zero` among the candidates: experts can be dropped."""
+    return api.analyze(
+        moe, tmp_path_factory.mktemp("z") / "statistics", data=[f"text={text}"],
+        formats=("zero", "int2-g32", "int4-g32"), probes=6, probe_windows=2, fisher_windows=2,
+        **SMALL,
     )  # fmt: skip
 
 
@@ -131,15 +146,59 @@ def test_bits_are_the_average_code_width(moe: Path, found: Statistics) -> None:
 
 def test_small_groups_are_no_loophole_in_a_budget_of_bits(moe: Path, found: Statistics) -> None:
     plans = planner(moe, found)
-    assert "int4-g16" not in smallest_of_width(FORMATS, plans.predictor.sites)
-    used = {r.format for r in plans.plan(Budget(bits=4.0)).plan.rules}
-    assert "int4-g16" not in used
+    planned = plans.plan(Budget(bits=4.0))
+    assert "int4-g16" not in planned.menu.formats
+    assert "int4-g16" not in {r.format for r in planned.plan.rules}
+    assert "int4-g16" in plans.evidence(Budget(size=1)).menu.formats
+
+
+def test_a_width_keeps_the_smallest_format_that_is_allowed(moe: Path, found: Statistics) -> None:
+    """A format that the target or a rule excludes is no reason to leave out a larger one."""
+    plans = replace_formats(planner(moe, found), ("int2-g32", "int4-g16"), FORMATS)
+    planned = plans.plan(Budget(bits=3.0))
+    assert planned.bits == pytest.approx(3.0, abs=0.03)
+    used = set(planned.menu.plan(planned.choice).values())
+    assert used == {"int2-g32", "int4-g16"}
+    ruled = planner(moe, found, rules=("kind:attention=int4-g16",)).plan(Budget(bits=3.0))
+    formats = ruled.menu.plan(ruled.choice)
+    for item in ruled.menu.items:
+        for site in item:
+            assert (formats[site.name] == "int4-g16") is (site.kind == "attention")
+
+
+def test_a_budget_of_bits_says_what_it_counts(moe: Path, found: Statistics) -> None:
+    with pytest.raises(BudgetError, match="code bits"):
+        planner(moe, found).plan(Budget(bits=1.9))
 
 
 def test_more_budget_never_loses_more(moe: Path, found: Statistics) -> None:
     plans = planner(moe, found, exact=True)
     means = [plans.plan(Budget(bits=b)).mean for b in np.linspace(2, 8, 25)]
     assert all(b <= a * (1 + 1e-9) for a, b in pairwise(means))
+
+
+@pytest.mark.parametrize("target", ["transformers", "gguf", "vllm-cuda"])
+def test_more_budget_never_loses_more_where_layers_go_together(
+    target: str, moe: Path, found: Statistics
+) -> None:
+    plans = planner(moe, found, target)
+    bits = [plans.plan(Budget(bits=b)).mean for b in np.arange(4, 6.01, 0.1)]
+    assert all(a >= b * (1 - 1e-9) for a, b in pairwise(bits))
+
+
+def test_an_end_that_a_rule_names_is_part_of_the_prediction(moe: Path, found: Statistics) -> None:
+    plain = planner(moe, found).plan(Budget(bits=4))
+    ruled = planner(moe, found, rules=["kind:embedding=int2-g32"])
+    plan = ruled.plan(Budget(bits=4))
+    assert plan.mean > 1.05 * plain.mean
+    assert plan.bits <= 4  # the embedding is outside the budget all the same
+    for ends in (None, False):
+        again = planner(moe, found, ends=ends).evaluate(plan.plan)
+        assert again.mean == pytest.approx(plan.mean)
+        assert again.sizes.artifact == pytest.approx(plan.sizes.artifact, abs=100)
+        assert again.plan.formats(ruled.job.sites) == plan.plan.formats(ruled.job.sites)
+    with pytest.raises(StatisticsError, match="int7-g32"):
+        planner(moe, found, rules=["kind:embedding=int7-g32"]).plan(Budget(bits=4))
 
 
 def test_planning_is_pure(moe: Path, found: Statistics) -> None:
@@ -195,6 +254,54 @@ def test_rules_by_hand_are_kept_by_every_plan(moe: Path, found: Statistics) -> N
         planner(moe, found, rules=("kind:attention=mxfp4",)).plan(Budget(bits=12.0))
 
 
+def test_a_rule_may_ask_for_a_format_that_is_no_candidate(moe: Path, found: Statistics) -> None:
+    """It is then that site's alone: to the others the candidates are what was said."""
+    options: dict[str, Any] = {
+        "statistics": found.path, "candidates": ("int2-g32", "int8-g32"),
+        "rules": ("kind:attention=int4-g32",),
+    }  # fmt: skip
+    for budget in ({"bits": 4.0}, {"size": 300_000}):
+        planned = api.plan(moe, **options, **budget)
+        formats = planned.menu.plan(planned.choice)
+        kinds = {s.name: s.kind for item in planned.menu.items for s in item}
+        for name, fmt in formats.items():
+            assert (fmt == "int4-g32") is (kinds[name] == "attention")
+
+
+def test_a_rule_below_all_candidates_is_no_budget_too_small(moe: Path, found: Statistics) -> None:
+    planned = api.plan(moe, statistics=found.path, bits=4.0, candidates=("int5-g32",),
+                       rules=("kind:expert=int3-g32",))  # fmt: skip
+    assert planned.bits <= 4.0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_formats_that_were_not_measured_come_with_a_way_on(
+    kept: bool, moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / f"{moe.name}-statistics"
+    shutil.copytree(found.path, place)
+    header = json.loads((place / "statistics.json").read_text("utf-8"))
+    header["options"]["keep_hessians"] = kept
+    (place / "statistics.json").write_text(json.dumps(header), "utf-8")
+    asked: list[dict[str, Any]] = [
+        {"candidates": ("int2-g32", "mxfp4")},
+        {"candidates": ("int2-g32",), "rules": ("kind:attention=mxfp4",)},
+    ]
+    for options in asked:
+        for statistics in (None, place):
+            with pytest.raises(StatisticsError, match="'mxfp4' is no candidate") as caught:
+                api.plan(moe, bits=4.0, statistics=statistics, **options)
+            hint = caught.value.hint
+            assert "--format mxfp4" in hint
+            assert ("rename" in hint) is (statistics is None)
+            # of formats that are there already nothing is said where others can be added
+            assert ("--format int2-g32" in hint) is not kept
+            assert ("--keep-hessians" in hint) is not kept
+
+
 @pytest.mark.parametrize(
     "budget",
     [Budget(bits=1.9), Budget(size=1000), Budget(kl=1e-12)],
@@ -209,9 +316,12 @@ def test_budgets_that_cannot_be_met(budget: Budget, moe: Path, found: Statistics
     assert caught.value.hint
 
 
-def replace_formats(plans: Planner, formats: tuple[str, ...]) -> Planner:
+def replace_formats(
+    plans: Planner, formats: tuple[str, ...], candidates: tuple[str, ...] = ()
+) -> Planner:
+    """For a target that takes `formats` alone."""
     goal = replace(plans.target, allows=lambda _s, f: "" if f.name in formats else "no")
-    return Planner(plans.job, plans.predictor, goal, formats=formats)
+    return Planner(plans.job, plans.predictor, goal, formats=candidates or formats)
 
 
 def test_statistics_of_another_model_are_refused(tiny: Builder, found: Statistics) -> None:
@@ -248,6 +358,25 @@ def test_llama_cpp_gets_one_type_for_a_layer_s_stacked_experts(
             layer, _, leaf = name.partition(".experts.")
             stacks.setdefault(f"{layer}.{leaf.rpartition('.')[2]}", set()).add(fmt)
     assert len(stacks) == 6 and all(len(used) == 1 for used in stacks.values())
+
+
+@pytest.mark.parametrize("way", ["plan", "frontier", "compare_policies"])
+def test_candidates_of_which_a_target_takes_none_are_refused(
+    way: str, moe: Path, found: Statistics
+) -> None:
+    budget: dict[str, Any] = {} if way == "frontier" else {"bits": 5.5}
+    with pytest.raises(RecipeError, match="gguf takes none of the candidates") as caught:
+        getattr(api, way)(moe, statistics=found.path, target="gguf",
+                          candidates=("int2-g32", "int4-g16"), **budget)  # fmt: skip
+    assert "--format int4-g32" in caught.value.hint
+    dense = Plan.of({s.name: "dense" for s in found.sites}, target="gguf")
+    assert api.check_plan(moe, dense, statistics=found.path, candidates=("int2-g32",)).mean == 0
+
+
+def test_a_budget_too_small_names_what_the_target_takes(moe: Path, found: Statistics) -> None:
+    with pytest.raises(RecipeError, match="less than the smallest") as caught:
+        api.plan(moe, statistics=found.path, target="gguf", bits=3.5)
+    assert caught.value.hint == "candidates: int4-g32, int5-g32, int8-g32, dense"
 
 
 def test_what_a_target_s_rules_cost_is_said(moe: Path, found: Statistics) -> None:
@@ -298,6 +427,14 @@ def test_a_plan_of_other_weights_is_refused_before_work(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("dial", [{"min_agreement": 0.9}, {"max_kl": 0.02}, {"bits": 3.5}])
+def test_a_plan_keeps_the_dial_that_was_asked(
+    dial: dict[str, Any], moe: Path, found: Statistics
+) -> None:
+    plan = api.plan(moe, statistics=found.path, **dial).plan
+    assert plan.asked == dial and Plan.from_text(plan.to_text()).asked == dial
+
+
 def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
     planned = planner(moe, found).plan(Budget(bits=4.0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.3.down_proj"):
@@ -310,6 +447,76 @@ def test_why_a_site_got_its_format(moe: Path, found: Statistics) -> None:
         # but for the step the budget cuts, the choice is the best at the price
         assert chosen[0].value <= 2 * item.price * max(line.nbytes for line in item.lines) * 8
     assert len(explain(planned, "kind:attention")) == 8 and explain(planned, "nothing") == []
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.6, 2.5])
+def test_what_is_explained_is_what_was_chosen_also_of_dropped_experts(
+    bits: float, moe: Path, droppable: Statistics
+) -> None:
+    planned = planner(moe, droppable).plan(Budget(bits=bits))
+    found = explain(planned, "*")
+    chosen = [line for item in found for line in item.lines if line.mark == "chosen"]
+    assert len(chosen) == len(planned.menu.items)
+    assert sum(line.value > 0 for line in chosen) <= 3  # of a class that the budget cut
+    whole = [line for line in chosen if line.whole]
+    experts = [g for g in planned.menu.experts if all(
+        planned.menu.formats[planned.choice[i]] == "zero" for i in g)]  # fmt: skip
+    assert len(whole) == sum(map(len, experts)) and (bits > 2 or whole)
+    assert all(line.format == "zero" and line.loss > 0 for line in whole)
+
+
+def test_a_dropped_expert_is_predicted_alike_by_the_plan_and_by_what_carries_it_out(
+    moe: Path, droppable: Statistics
+) -> None:
+    plans = planner(moe, droppable)
+    planned = plans.plan(Budget(bits=1.0))
+    formats = planned.plan.formats(plans.job.sites)
+    dropped = [e for e in planned.menu.experts if all(
+        formats[planned.menu.items[i][0].name] == "zero" for i in e)]  # fmt: skip
+    assert dropped
+    chosen = {name: fmt for name, fmt in formats.items() if fmt != "dense"}
+    found = plans.predictor.predict(chosen)
+    assert found.kl == pytest.approx(planned.kl) and found.mean == pytest.approx(planned.mean)
+    done = expect(droppable.path, {n: parse_format(f) for n, f in formats.items()}, "gptq")
+    assert done.mean == pytest.approx(planned.mean)
+
+
+def test_the_resolved_recipe_is_kept_whole(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    """What is kept can be read as a recipe again, and asks for the same."""
+    import yaml
+
+    options: dict[str, Any] = {
+        "data": [f"text={text}"], "candidates": ["int2-g32", "int4-g32"], "exact": True,
+        "rules": ["kind:attention=int4-g32"], "damp": 0.05, "seed": 3, **SMALL,
+    }  # fmt: skip
+    done = api.compress(moe, tmp_path / "a", statistics=found.path, bits=3.0, **options)
+    kept = Artifact.open(done.path).manifest["resolved"]
+    assert parse_recipe(yaml.safe_dump(kept)) == {
+        "bits": 3.0, "target": "native", "policy": "bitnest", "ends": False, "method": "gptq",
+        "weighting": "gate", "clip": True, **options,
+    }  # fmt: skip
+    other = api.compress(moe, tmp_path / "b", format="int4-g32", data=[f"text={text}"], **SMALL)
+    kept = Artifact.open(other.path).manifest["resolved"]
+    assert kept["format"] == "int4-g32" and kept["data"]["texts"] == [f"text={text}"]
+    assert "budget" not in kept and "candidates" not in kept
+
+
+def test_a_plan_overruled_by_a_rule_is_an_edited_one(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    plan = api.plan(moe, statistics=found.path, bits=4.0).plan
+    for name, rule, edited in (
+        ("a", "kind:expert=int2-g32", True),
+        ("b", "kind:embedding=dense", False),
+    ):
+        done = api.compress(
+            moe, tmp_path / name, plan=plan, rules=[rule], data=[f"text={text}"], **SMALL
+        )
+        assert done.plan is not None and done.plan["edited"] is edited
+        kept = Artifact.open(done.path).manifest["resolved"]
+        assert kept["plan"] == plan.digest and len(kept["rules"]) == 1
 
 
 # the closed loop
@@ -334,6 +541,22 @@ def test_a_limit_is_met_by_measurement_with_little_to_spare(
     kept = Artifact.open(done.path)
     kept.verify()
     assert json.loads((done.path / "bitnest.json").read_text())["plan"]["policy"] == "bitnest"
+
+
+def test_a_finished_limit_is_known_as_the_same_command_s(
+    moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"statistics": found.path, "data": [f"text={text}"], **SMALL}
+    done = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    before = {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()}
+    monkeypatch.setattr("bitnest.quantize.compress._Run", lambda *_: pytest.fail("made again"))
+    again = api.compress(moe, tmp_path / "a", max_kl=0.05, **options)
+    assert again.plan == done.plan and again.artifact_bytes == done.artifact_bytes
+    assert {file.name: file.stat().st_mtime_ns for file in done.path.iterdir()} == before
+    for other in ({"max_kl": 0.06}, {"max_kl": 0.05, "check": [str(text)]},
+                  {"max_kl": 0.05, "damp": 0.1}):  # fmt: skip
+        with pytest.raises(BitnestError, match="in the way"):
+            api.compress(moe, tmp_path / "a", **options, **other)
 
 
 def test_a_limit_that_no_plan_keeps_leaves_nothing(
@@ -401,13 +624,15 @@ def test_recipes_are_carried_out(
 def test_the_tangent_is_the_gradient_of_the_prediction(
     flips: float, moe: Path, found: Statistics
 ) -> None:
-    from bitnest.quantize.allocation.objective import Objective
+    from bitnest.quantize.allocation.objective import Background, Objective
 
     base = planner(moe, found).evidence(Budget(bits=3.0)).objective
     for scale in (1.0, 1e3):  # small and large losses: growth is strong in the second
         menu = replace(base.menu, losses=base.menu.losses * scale)
         fit = replace(base.fit, flips=flips, scales=(1.3, 0.8)[: len(base.fit.scales)])
-        objective = Objective(menu, fit, base.weights)
+        own = menu.losses[:2, 0]  # as if two more sites, not planned, lost as much
+        beside = Background(own, (menu.kinds[0],) * 2, np.array([0.0, 0.7]))
+        objective = Objective(menu, fit, base.weights, beside)
         choice = np.arange(len(menu.items)) % 4
         slope = objective.linear(choice)
         for item in (0, len(choice) // 2, len(choice) - 1):
@@ -415,7 +640,7 @@ def test_the_tangent_is_the_gradient_of_the_prediction(
             for f in (0, 1, 2):
                 bumped = menu.losses.copy()
                 bumped[item, choice[item]] += step * menu.losses[item, f]
-                other = Objective(replace(menu, losses=bumped), fit, base.weights)
+                other = Objective(replace(menu, losses=bumped), fit, base.weights, beside)
                 rise = (other.mean(choice) - objective.mean(choice)) / step
                 assert rise == pytest.approx(slope[item, f], rel=2e-3)
 
@@ -522,6 +747,20 @@ def test_a_plan_is_held_against_its_own_target(
     assert not list(tmp_path.iterdir())
 
 
+def test_statistics_of_another_method_are_refused_before_work(
+    moe: Path, found: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were found, not named: nothing but another method or other statistics helps."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(found.path, tmp_path / f"{moe.name}-statistics")
+    monkeypatch.setattr(Checkpoint, "scan", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(StatisticsError, match="--method gptq, not rtn") as caught:
+        api.compress(moe, tmp_path / "a", size=300_000, method="rtn")
+    assert "--method rtn -o DIR" in caught.value.hint and "leave out" not in caught.value.hint
+
+
 def test_statistics_that_are_found_name_the_text_to_calibrate_on(
     moe: Path, found: Statistics, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,3 +773,55 @@ def test_statistics_that_are_found_name_the_text_to_calibrate_on(
     calibration = Artifact.open(done.path).manifest["calibration"]
     assert set(calibration["sources"]) == {"text"}
     assert calibration["sha256"] == found.header["fingerprint"]["calibration"]
+
+
+def test_a_plan_is_calibrated_on_the_text_it_was_made_with(
+    moe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = default_statistics(moe)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    api.analyze(
+        moe, place, data=[f"other={other}"], formats=FORMATS, probes=2, probe_windows=1,
+        fisher_windows=1, **SMALL,
+    )  # fmt: skip
+    plan = api.plan(moe, bits=3.0).plan
+    budget = api.compress(moe, tmp_path / "a", bits=3.0, **SMALL)
+    carried = api.compress(moe, tmp_path / "b", plan=plan, **SMALL)
+    for key in ("sources", "sha256"):
+        one, two = (Artifact.open(d.path).manifest["calibration"][key] for d in (budget, carried))
+        assert one == two
+    assert carried.predicted == budget.predicted is not None
+    edited = replace(plan, rules=(*plan.rules, Rule.parse("*.q_proj=int7-g32")))
+    free = api.compress(moe, tmp_path / "c", plan=edited, **SMALL)  # not measured: no prediction
+    assert free.predicted is None
+    with pytest.raises(PlanError, match="int7-g32"):
+        api.compress(moe, tmp_path / "d", plan=edited, statistics=place, **SMALL)
+    strange = replace(plan, source="0" * 64)
+    assert plan_statistics(strange, moe) is None and plan_statistics(plan, moe) is not None
+
+
+@pytest.mark.parametrize("way", ["plan", "format", "rtn"])
+def test_what_it_takes_is_said_before_work_whatever_the_way(
+    way: str, moe: Path, found: Statistics, text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": [str(text)], **SMALL}
+    if way == "plan":
+        options["plan"] = planner(moe, found).plan(Budget(bits=3)).plan
+    else:
+        options["format"] = "int3-g32"
+        options["method"] = "rtn" if way == "rtn" else "gptq"
+    said: list[Any] = []
+
+    def announce(planned: Any, before: Any) -> None:
+        said.append((planned, before, (tmp_path / "a").exists()))
+
+    done = api.compress(moe, tmp_path / "a", announce=announce, **options)
+    ((planned, before, existed),) = said
+    assert planned is None and not existed
+    assert done.forecast == before.to_json()
+    assert 0 <= before.disk - done.artifact_bytes <= 0.01 * before.disk
+    with pytest.raises(RecipeError, match="memory"):
+        api.compress(moe, tmp_path / "b", memory=50 << 20, **options)
+    assert not (tmp_path / "b").exists()

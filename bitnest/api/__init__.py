@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnest.api.compressing import DEFAULT_LENGTH, DEFAULT_SAMPLES, compress
+from bitnest.api.compressing import compress
 from bitnest.api.planning import (
     check_plan,
     compare_policies,
@@ -36,7 +36,7 @@ from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import Recipe
+from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
@@ -314,7 +314,8 @@ def inspect(
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
-        kept |= {k: artifact.manifest[k] for k in ("predicted", "plan") if k in artifact.manifest}
+        later = ("resolved", "predicted", "plan")
+        kept |= {k: artifact.manifest[k] for k in later if k in artifact.manifest}
         content = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
         if verify:
             artifact.verify()

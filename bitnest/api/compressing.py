@@ -9,13 +9,15 @@ a limit     of KL or agreement: plan, carry out, measure, correct the prediction
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitnest.api.planning import (
     Dials,
+    check_measured,
     check_policy,
     check_target,
     default_statistics,
@@ -25,10 +27,19 @@ from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
-from bitnest.errors import RecipeError
+from bitnest.errors import RecipeError, StatisticsError
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import DEFAULT_BITS, Recipe, Rule, default_format
-from bitnest.statistics import is_statistics
+from bitnest.plan import digest_of
+from bitnest.recipe import (
+    DEFAULT_BITS,
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    Recipe,
+    Rule,
+    default_format,
+    resolved,
+)
+from bitnest.statistics import Statistics, is_statistics
 from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
@@ -39,8 +50,7 @@ if TYPE_CHECKING:
     from bitnest.quantize.compress import Job
     from bitnest.quantize.preflight import Preflight
 
-DEFAULT_SAMPLES = 64
-DEFAULT_LENGTH = 512
+log = logging.getLogger(__name__)
 
 
 def compress(
@@ -78,7 +88,7 @@ def compress(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    announce: Callable[[Planned, Preflight], None] | None = None,
+    announce: Callable[[Planned | None, Preflight], None] | None = None,
 ) -> CompressResult:
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
@@ -90,9 +100,10 @@ def compress(
     unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
     weighting, damp, min_tokens, clip, seed: see `Recipe`. memory: bytes the process may use.
     compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory
-    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first.
-    fresh: forget an unfinished run instead of resuming it. announce: called with the plan and what
-    it will take, before it is carried out.
+    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a
+    plan without one looks there for those it was made of.
+    fresh: forget an unfinished run instead of resuming it. announce: called with the plan, where
+    one was made, and what it will take, before it is carried out.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -100,6 +111,7 @@ def compress(
     from bitnest.quantize.compress import prepare
     from bitnest.quantize.preflight import check_memory, peak_resident
     from bitnest.quantize.preflight import preflight as estimate
+    from bitnest.quantize.sizing import artifact_sizes
 
     check_policy(policy)
     dials = Dials(bits, size, max_kl, min_agreement, context)
@@ -118,16 +130,39 @@ def compress(
     )
     plain = not any(extras.values())
     uniform = _uniform_format(dials, format, group, plan, method, statistics, policy, plain)
+    place = Path(statistics or default_statistics(model))
+    if uniform is None and plan is None:
+        check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
-    if uniform is not None:
-        return maker.carry_out(job, statistics)
-    if plan is not None:
-        return maker.planned(job, _opened(plan), rules, statistics)
-    place = Path(statistics or default_statistics(model))
+    given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
+    before: list[Preflight] = []
+
+    def ready(job: Job) -> None:
+        sizes = artifact_sizes(job, job.formats)
+        count = 0 if job.calibration is None else samples
+        before.append(estimate(job, job.formats, sizes, samples=count, length=length,
+                               out=maker.out))  # fmt: skip
+        check_memory(before[0], memory)
+        if announce is not None:
+            announce(None, before[0])
+
+    if uniform is not None or plan is not None:
+        if plan is None:
+            job = replace(job, asked=resolved(recipe, **given))
+            done = maker.carry_out(job, statistics, ready=ready)
+        else:
+            opened = _opened(plan)
+            asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
+            done = maker.planned(
+                replace(job, asked=asked), opened, rules,
+                statistics or plan_statistics(opened, model),
+                ready=ready, named=statistics is not None,
+            )  # fmt: skip
+        return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
     check_out(maker.out, place)
     # statistics that are there name the text, whether they were named or found
     job = maker.calibrated(job, place if statistics or is_statistics(place) else None, force=True)
@@ -135,6 +170,12 @@ def compress(
         check_texts(check)
     if not dials.given:
         dials = Dials(bits=float(DEFAULT_BITS), context=context)
+    planning = {
+        "target": target, "policy": policy, "candidates": list(candidates),
+        "ends": dials.bits is None if ends is None else ends, "exact": exact,
+    }  # fmt: skip
+    asked = resolved(recipe, {"budget": dials.to_json()}, planning=planning, **given)
+    job = replace(job, asked=asked)
     planner = open_planner(
         model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
         data=data, samples=samples, length=length, method=method, weighting=weighting, damp=damp,
@@ -142,20 +183,33 @@ def compress(
         trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
         checked=True,
     )  # fmt: skip
+    job = replace(job, asked={**asked, "candidates": list(planner.formats)})
+    planner.job = job
     found = first_plan(planner, dials, policy)
-    before = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
-                      length=length, out=maker.out)  # fmt: skip
-    check_memory(before, memory)
+    forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
+                        length=length, out=maker.out)  # fmt: skip
+    check_memory(forecast, memory)
     if announce is not None:
-        announce(found, before)
+        announce(found, forecast)
     if dials.measured:
         from bitnest.api.refine import refine
 
-        result = refine(maker, job, planner, dials, check or data, place, before.to_json())
+        result = refine(maker, job, planner, dials, check or data, place, forecast.to_json())
     else:
         result = maker.planned(job, found.plan, [], place)
-    forecast = result.forecast or before.to_json()
-    return replace(result, forecast=forecast, peak_memory=peak_resident())
+    return replace(
+        result, forecast=result.forecast or forecast.to_json(), peak_memory=peak_resident()
+    )
+
+
+def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
+    """Where statistics are looked for, if those that the plan was made of are there."""
+    from bitnest.statistics import Statistics
+
+    place = default_statistics(model)
+    if plan.source is None or not is_statistics(place):
+        return None
+    return place if Statistics.open(place).header["source"]["sha256"] == plan.source else None
 
 
 def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
@@ -167,7 +221,7 @@ def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
     except RecipeError:
         if not dials.measured:
             raise
-        return planner.plan(Budget(size=1 << 62))
+        return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
 
 
 def check_out(out: Path, statistics: str | Path) -> None:
@@ -180,6 +234,24 @@ def check_out(out: Path, statistics: str | Path) -> None:
     same = is_artifact(out) and is_statistics(Path(statistics))
     if not is_empty(out) and not same:
         raise in_the_way(out)
+
+
+def check_method(model: str | Path, statistics: Path, method: str) -> None:
+    """Refuse to plan by losses of another method than the one that is to be carried out.
+
+    Raises:
+        StatisticsError: they are, or the statistics cannot be read.
+    """
+    if not is_statistics(statistics):
+        return
+    measured = Statistics.open(statistics).header["method"]
+    if measured != method:
+        raise StatisticsError(
+            f"these statistics were measured with --method {measured}, not {method}",
+            where=str(statistics),
+            hint=f"--method {measured}; or bitnest analyze {model} --method {method} -o DIR, and "
+            "--statistics DIR",
+        )
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -304,28 +376,50 @@ class Maker:
         rules: Sequence[str],
         statistics: str | Path | None,
         out: Path | None = None,
+        *,
+        ready: Callable[[Job], None] | None = None,
+        named: bool = True,
     ) -> CompressResult:
-        """Carry out a plan, the rules given by hand on top of it."""
+        """Carry out a plan, the rules given by hand on top of it; see `carry_out`."""
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
-        plan.formats(job.sites)  # names the line of a rule that matches nothing
-        job = replace(
-            job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize), plan=plan
-        )
+        before = plan.formats(job.sites)  # names the line of a rule that matches nothing
+        job = replace(job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize))
         check_target(job, plan)
-        return self.carry_out(job, statistics, out)
+        if statistics is not None and named:
+            check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
+        overruled = any(job.formats[name].name != fmt for name, fmt in before.items())
+        job = replace(job, plan=replace(plan, overruled=overruled))
+        return self.carry_out(job, statistics, out, ready=ready, named=named)
 
     def carry_out(
-        self, job: Job, statistics: str | Path | None, out: Path | None = None
+        self,
+        job: Job,
+        statistics: str | Path | None,
+        out: Path | None = None,
+        *,
+        ready: Callable[[Job], None] | None = None,
+        named: bool = True,
     ) -> CompressResult:
-        """Calibrate and make the artifact."""
+        """Calibrate and make the artifact.
+
+        statistics: say what it will lose, and name the text. ready: called before work starts.
+        named: statistics that were found rather than named need not know every format.
+        """
         from bitnest.quantize.compress import run, with_expectation
 
         if statistics is not None:
             from bitnest.calibrate.expect import expect
 
-            job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+            try:
+                job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+            except StatisticsError as error:
+                if named:
+                    raise
+                log.info("%s predict nothing: %s", statistics, error)
         job = self.calibrated(job, statistics)
+        if ready is not None:
+            ready(job)
         artifact, seconds = run(job, out or self.out, fresh=self.fresh, progress=self.progress)
         return summarise(artifact, seconds)
 

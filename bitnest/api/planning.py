@@ -6,7 +6,7 @@ Planning reads the checkpoint's headers and the statistics, no weights: seconds 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from bitnest.kinds import ENDS
 from bitnest.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
+    from bitnest.formats import AnyFormat
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.budget import Budget
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
+    from bitnest.sites import Site
+    from bitnest.statistics import Statistics
 
 AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
 """Measured on three texts and widths of 2 to 4 bits: .69 to .78 (docs/performance.md)."""
@@ -64,6 +67,11 @@ class Dials:
         if given or self.context:
             self.budget()
 
+    def to_json(self) -> dict[str, Any]:
+        """What was given, by the names of the dials."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        return {key: value for key, value in found.items() if key != "context" or value}
+
     @property
     def given(self) -> bool:
         """Whether any was."""
@@ -85,7 +93,7 @@ class Dials:
         limit = self.max_kl
         if self.min_agreement is not None:
             limit = ((1 - self.min_agreement) / AGREEMENT) ** 2
-        return Budget(bits=self.bits, size=self.size, kl=limit, context=self.context)
+        return Budget(self.bits, self.size, limit, self.context, dial=self.to_json())
 
 
 def plan(
@@ -185,14 +193,18 @@ def open_planner(
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
     if checked:
         check_source(job, model, statistics, progress)
+    measured = _measured(model, statistics)
+    if measured is not None:
+        asked = (*(_names(candidates) or measured.formats), *_ruled(job))
+        anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
+        measured.check_formats(asked, anew if statistics is None else "")
     if budget is not None:
-        check_budget(
-            job, goal, _measured(model, statistics) or wanted or goal.formats, budget, ends
-        )
+        known = _names(candidates) or (measured.formats if measured else wanted or goal.formats)
+        check_budget(job, goal, known, budget, ends)
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )
-    ruled = dict.fromkeys(rule.format for rule in job.recipe.rules if rule.format != "dense")
+    ruled = [rule.format for rule in job.recipe.rules if rule.format != "dense"]
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     found = ensure_statistics(
         model, statistics, formats=named, progress=progress,
@@ -234,12 +246,21 @@ def _names(candidates: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(parse_format(name).name for name in candidates) or None
 
 
-def _measured(model: str | Path, statistics: str | Path | None) -> tuple[str, ...]:
-    """Formats of the statistics that are there already."""
+def _ruled(job: Job) -> tuple[str, ...]:
+    """Formats that rules ask for at sites that every plan has a say in."""
+    from bitnest.kinds import UNNAMED_DENSE
+    from bitnest.quantize.allocation.budget import beside, ruled_formats
+
+    return beside(ruled_formats(job, [s for s in job.sites if s.kind not in UNNAMED_DENSE]), ())
+
+
+def _measured(model: str | Path, statistics: str | Path | None) -> Statistics | None:
+    """The statistics that are there already, with candidates."""
     from bitnest.statistics import Statistics, is_statistics
 
     place = default_statistics(model) if statistics is None else Path(statistics)
-    return tuple(Statistics.open(place).formats) if is_statistics(place) else ()
+    found = Statistics.open(place) if is_statistics(place) else None
+    return found if found is not None and found.formats else None
 
 
 def ensure_statistics(
@@ -295,6 +316,10 @@ def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
             where=plan.where,
             hint="plan for this model, or empty the plan's 'source'",
         )
+    job = replace(planner.job, formats=planner.formats_of(plan))
+    check_target(job, plan)
+    sites = [s for s in planner.predictor.sites if planner.ends is not False or s.kind not in ENDS]
+    check_measured(plan, sites, job.formats, planner.formats)
     return planner.evaluate(plan)
 
 
@@ -304,7 +329,8 @@ def check_target(job: Job, plan: Plan) -> None:
     Raises:
         PlanError, TargetError: an unknown target, or the first site that breaks a rule of it.
     """
-    from bitnest.export.plan_targets import TARGETS, open_target
+    from bitnest.export.plan_targets import open_target
+    from bitnest.targets import TARGETS
 
     if plan.target not in TARGETS:
         raise PlanError(f"unknown target '{plan.target}'", where=plan.where,
@@ -315,15 +341,36 @@ def check_target(job: Job, plan: Plan) -> None:
     for site in sites:
         reason = target.allows(site, chosen[site.name])
         if reason:
-            raise TargetError(f"{plan.target}: {reason}", where=site.name, hint=hint)
+            place = plan.place(site, chosen[site.name].name)
+            raise TargetError(f"{plan.target}, {site.name}: {reason}", where=place, hint=hint)
     for group in target.together(sites):
         odd = [s for s in group if chosen[s.name].name != chosen[group[0].name].name]
         if odd:
+            last = max((group[0], odd[0]), key=plan.deciding)  # the exception, most likely
             raise TargetError(
                 f"{plan.target} wants one format for {group[0].name} "
-                f"({chosen[group[0].name].name}) and this site ({chosen[odd[0].name].name})",
-                where=odd[0].name, hint=hint,
+                f"({chosen[group[0].name].name}) and {odd[0].name} ({chosen[odd[0].name].name})",
+                where=plan.place(last, chosen[last.name].name), hint=hint,
             )  # fmt: skip
+
+
+def check_measured(
+    plan: Plan, sites: Sequence[Site], chosen: Mapping[str, AnyFormat], measured: Sequence[str]
+) -> None:
+    """Refuse a plan with formats that the statistics do not know.
+
+    Raises:
+        PlanError: the first site that has one, with the line of its rule.
+    """
+    for site in sites:
+        name = chosen[site.name].name
+        if name not in {"dense", *measured}:
+            raise PlanError(
+                f"format '{name}' of {site.name} was not measured",
+                where=plan.place(site, name),
+                hint=f"measured: {', '.join(measured)}; bitnest analyze MODEL --reuse DIR --format "
+                f"{name} -o NEW adds it",
+            )
 
 
 def frontier(
@@ -338,6 +385,8 @@ def frontier(
     from bitnest.quantize.allocation.frontier import trace
 
     policies = tuple(options.pop("policies", ("bitnest",)))
+    for policy in policies:
+        check_policy(policy)
     return trace(open_planner(model, **options), sizes, points, policies)
 
 

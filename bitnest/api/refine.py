@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.api.texts import sources
-from bitnest.artifact import Artifact
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.errors import ArtifactError, BitnestError, DataError, RecipeError
+from bitnest.plan import Plan
+from bitnest.recipe import Rule
 from bitnest.workdir import in_the_way, is_empty, partial_directory
 
 if TYPE_CHECKING:
@@ -70,9 +72,10 @@ def refine(
 
     Raises:
         RecipeError: even the finest formats do not keep it; nothing is left behind.
+        ArtifactError: something else is in the way.
     """
     if not is_empty(maker.out):
-        raise in_the_way(maker.out)
+        return _finished(maker, job, statistics)
     limit = dials.max_kl if dials.max_kl is not None else 1 - (dials.min_agreement or 0.0)
     agreement = dials.max_kl is None
     aim = dials.budget().kl
@@ -82,8 +85,6 @@ def refine(
     try:
         for _ in range(ROUNDS):
             planned = _closest(planner, dials, aim)
-            asked = {k: v for k, v in vars(dials).items() if v}
-            planned = replace(planned, plan=replace(planned.plan, asked=asked))
             if planned.plan.digest in made:
                 break
             attempt = _make(
@@ -107,14 +108,31 @@ def refine(
     return replace(found, forecast={**forecast, "disk": disk})
 
 
+def _finished(maker: Maker, job: Job, statistics: str | Path) -> CompressResult:
+    """The result of an earlier run of the same command. What was asked for must be the same, and
+    all that the bytes depend on, with the plan that was found then; it is not measured again.
+
+    Raises:
+        ArtifactError: what is there is something else.
+    """
+    if not is_artifact(maker.out):
+        raise in_the_way(maker.out)
+    manifest = Artifact.open(maker.out).manifest
+    if "plan" not in manifest or manifest.get("resolved") != job.asked:
+        raise in_the_way(maker.out)
+    rules = tuple(Rule(**rule) for rule in manifest["recipe"]["rules"])
+    plan = Plan(rules, target=manifest["plan"]["target"])
+    return maker.planned(job, plan, [], statistics)
+
+
 def _closest(planner: Planner, dials: Dials, aim: float) -> Planned:
     """The plan for a predicted KL, or the finest there is."""
     from bitnest.quantize.allocation.budget import Budget
 
     try:
-        return planner.plan(Budget(kl=aim))
+        return planner.plan(Budget(kl=aim, dial=dials.to_json()))
     except RecipeError:
-        return planner.plan(Budget(size=1 << 62))
+        return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
 
 
 def _make(

@@ -111,11 +111,20 @@ def command(
         from bitnest.cli import plan_tables
 
         bars.pause()
-        plan_tables.summary(planned, before, None)
+        if planned is not None:
+            plan_tables.summary(planned, before, None)
+        else:
+            for line in plan_tables.estimates(before):
+                say(line)
 
     out_dir = out or Path(default_name(model, values))
     uniform = values["format"] or values["group"] or values["plan"] or values["method"] == "rtn"
     known = values["statistics"] or (not uniform and dials.found(model))
+    if values["plan"]:
+        from bitnest.api.compressing import plan_statistics
+        from bitnest.plan import Plan
+
+        known = known or plan_statistics(Plan.read(values["plan"]), model)
     if not values["data"] and not known and values["method"] != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     if not uniform and not quiet:

@@ -12,6 +12,8 @@ from bitnest.cli import dials
 from bitnest.cli.options import Json, Quiet, Remote, parse_size
 from bitnest.errors import RecipeError
 
+POINTS = 12  # sizes on a frontier
+
 
 def command(
     model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
@@ -51,7 +53,9 @@ def command(
         [], "--explain", help="SITE or pattern: why it got its format."
     ),
     frontier: bool = typer.Option(False, "--frontier", help="Size against KL, as a table."),
-    points: int = typer.Option(12, "--points", min=2, help="Sizes on the frontier."),
+    points: int = typer.Option(
+        None, "--points", min=2, help="Sizes on the frontier (default: 12)."
+    ),
     plot: Path = typer.Option(
         None, "--plot", help="With --frontier: draw it into this .svg or .png."
     ),
@@ -77,19 +81,40 @@ def command(
 
     prepare_process()
     from bitnest import api
+    from bitnest.api.planning import default_statistics
     from bitnest.cli import plan_tables as tables
     from bitnest.quantize.allocation.policies import POLICIES
 
     _check_ways(
         {"--check": check is not None, "--frontier": frontier, "--compare": compare},
         {
-            "--frontier": {"-o": out is not None, "--explain": bool(explain)},
-            "--compare": {"-o": out is not None, "--explain": bool(explain)},
+            "--frontier": {
+                "-o": out is not None, "--explain": bool(explain), "--context": bool(context),
+                "--machine": machine is not None,
+            },
+            "--compare": {
+                "-o": out is not None, "--explain": bool(explain), "--machine": machine is not None,
+            },
+            "--check": {
+                "--context": bool(context), "--exact": exact, "--latency": latency is not None,
+            },
         },
         {
-            "--plot": (plot is not None, frontier), "--mark": (bool(mark), plot is not None),
+            "--plot": (plot is not None, frontier, "--frontier --plot FILE"),
+            "--mark": (bool(mark), plot is not None, "--frontier --plot FILE --mark EVAL.json"),
+            "--points": (points is not None, frontier, "--frontier --points 20"),
+            "--latency": (
+                latency is not None, policy == "mxmoe" or compare, "--policy mxmoe --latency FILE",
+            ),
         },
     )  # fmt: skip
+    if data and (statistics is not None or dials.found(model)):
+        raise RecipeError(
+            "--data is what is measured if there are no statistics yet, and these are there",
+            where=str(statistics or default_statistics(model)),
+            hint=f"leave out --data; or bitnest analyze {model} --data ... -o DIR, and "
+            "--statistics DIR",
+        )
     asked = [b for b in (bits, size, max_kl, min_agreement) if b is not None]
     if (check is not None or frontier) and asked:
         raise RecipeError("--check and --frontier have no budget", hint="leave out the dial")
@@ -98,6 +123,8 @@ def command(
     if compare and policy != "bitnest":
         raise RecipeError("--compare shows every policy", hint="leave out --policy")
     tables.check_early(explain, plot, machine)
+    tables.check_place("-o", out)
+    tables.check_place("--plot", plot)
     options: dict[str, Any] = {
         "statistics": statistics, "target": target, "ends": ends, "exact": exact,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
@@ -110,19 +137,21 @@ def command(
     }  # fmt: skip
     if not quiet:
         dials.remark(model, statistics)
+    state = None
     with Bars(quiet) as bars:
         options["progress"] = bars
         if check is not None:
             from bitnest.plan import Plan
 
             given = Plan.read(check)
+            state = given.state
             options.pop("target")
             planned = api.check_plan(model, given, **options)
         elif frontier:
             found = api.frontier(
                 model,
-                points=points,
-                policies=tuple(POLICIES) if compare else ("bitnest",),
+                points=points or POINTS,
+                policies=tuple(POLICIES) if compare else (policy,),
                 **options,
             )
             if plot is not None:
@@ -146,23 +175,25 @@ def command(
             model, planned, machine=machine, trust_remote_code=trust_remote_code
         )
     if json:
-        print_json(tables.as_json(planned, preflight, cost, explain))
+        known = {} if state is None else {"state": state}
+        print_json({**tables.as_json(planned, preflight, cost, explain), **known})
     elif explain:
         tables.explain(planned, explain)
     elif out is None and check is None:
         typer.echo(planned.plan.to_text(), nl=False)
     if out is not None:
         planned.plan.write(out)
-    if not quiet and not json:
-        tables.summary(planned, preflight, cost)
-        if out is not None:
-            say(f"next: bitnest compress {model} --plan {out}")
+    if not json and (state is not None or not quiet):
+        tables.summary(planned, preflight, cost, state)
+    if not quiet and not json and out is not None:
+        named = f" --statistics {statistics}" if statistics is not None else ""
+        say(f"next: bitnest compress {model} --plan {out}{named}")
 
 
 def _check_ways(
     ways: dict[str, bool],
     barred: dict[str, dict[str, bool]],
-    needs: dict[str, tuple[bool, bool]],
+    needs: dict[str, tuple[bool, bool, str]],
 ) -> None:
     """Refuse two ways at once, options that a way does not have, and options without their way.
 
@@ -175,11 +206,10 @@ def _check_ways(
     for way in chosen:
         for option, given in barred.get(way, {}).items():
             if given:
-                raise RecipeError(f"{way} makes no plan for {option}", hint=f"leave out {option}")
-    for option, (given, present) in needs.items():
+                raise RecipeError(f"{option} says nothing beside {way}", hint=f"leave out {option}")
+    for option, (given, present, hint) in needs.items():
         if given and not present:
-            raise RecipeError(f"{option} without what it belongs to",
-                              hint="--frontier --plot FILE --mark EVAL.json")  # fmt: skip
+            raise RecipeError(f"{option} without what it belongs to", hint=hint)
 
 
 def _weights(texts: list[str]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from bitnest.cli.render import size, wide_console
 from bitnest.errors import RecipeError
 from bitnest.patterns import matcher
+from bitnest.quantize.allocation.explain import Explanation
 from bitnest.quantize.allocation.explain import explain as explanations
 from bitnest.quantize.allocation.frontier import Frontier
 from bitnest.quantize.allocation.planned import Planned
@@ -16,6 +18,36 @@ from bitnest.quantize.preflight import MACHINES, Preflight
 
 PICTURES = (".svg", ".png", ".pdf")
 EXPLAINED = 20  # items in full, when a pattern names many
+
+STATES = {
+    "solved": "the plan is as it was made",
+    "edited": "the plan was edited since it was made: its rules are not those of its digest",
+    "unknown": "whether the plan was edited is not known: it has no digest",
+}
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """Refuse before work a file that cannot be written after it.
+
+    Raises:
+        RecipeError: a directory is there, or where it would go nothing can be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise RecipeError(
+            f"{option}: a directory is in the way", where=str(path), hint="name a file in it"
+        )
+    folder = path.absolute().parent
+    while not os.path.exists(folder):  # False, not an error, below a file
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "may not be written to" if folder.is_dir() else "is no directory"
+        raise RecipeError(
+            f"{option} cannot be written: {folder} {why}",
+            where=str(path),
+            hint=f"choose another {option}",
+        )
 
 
 def check_early(patterns: Sequence[str], plot: Path | None, machine: str | None) -> None:
@@ -45,23 +77,31 @@ def row(planned: Planned) -> dict[str, Any]:
 def as_json(
     planned: Planned, before: Preflight, cost: dict[str, Any] | None, explained: Sequence[str]
 ) -> dict[str, Any]:
-    """The plan with everything said about it."""
+    """The plan with everything said about it.
+
+    Raises:
+        RecipeError: a pattern of `explained` that matches no planned site.
+    """
     rules = [{rule.pattern: rule.format} for rule in planned.plan.rules]
     found = {
         **row(planned), "target": planned.plan.target, "asked": planned.plan.asked,
         "rules": rules, "preflight": before.to_json(), "constraint": cost,
     }  # fmt: skip
     if explained:
-        found["explain"] = [e.to_json() for p in explained for e in explanations(planned, p)]
+        found["explain"] = [item.to_json() for item in explained_items(planned, explained)]
     return found
 
 
-def summary(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> None:
-    """Widths by kind, bytes, prediction, and what it takes; on stderr, the plan itself is on
-    stdout."""
+def summary(
+    planned: Planned, before: Preflight, cost: dict[str, Any] | None, state: str | None = None
+) -> None:
+    """Widths by kind, bytes, prediction, and what it takes. state: of a plan file that is checked,
+    see `Plan.state`: this is the result then and goes to stdout; otherwise the plan is."""
     table = _by_kind(planned)
-    console = wide_console(table, stderr=True)
+    console = wide_console(table, stderr=state is None)
     console.print(table)
+    if state is not None:
+        console.print(STATES[state], highlight=False, markup=False)
     for line in lines(planned, before, cost):
         console.print(line, highlight=False, markup=False)
 
@@ -95,10 +135,16 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
             f"target {planned.plan.target} ({cost['rules']}) costs {cost['kl']:.3g} nats of KL at "
             f"this size: bitnest's own runtime would reach {cost['free']:.3g}"
         )
-    found.append(
-        f"estimates: {size(before.memory)} of memory and {_time(before.seconds)} to compress"
+    return [*found, *estimates(before)]
+
+
+def estimates(before: Preflight) -> list[str]:
+    """What a run takes and how fast its result may be, in words."""
+    found = [
+        f"estimates: {before.disk:,} bytes on disk, {size(before.memory)} of memory and "
+        f"{_time(before.seconds)} to compress"
         + (f", {size(before.free)} of disk free" if before.free is not None else "")
-    )
+    ]
     for speed in before.speeds:
         if speed.fits:
             text = f"at most {speed.decode:,.0f} tokens/s for one stream"
@@ -140,18 +186,33 @@ def _by_kind(planned: Planned) -> Any:
     return table
 
 
+def explained_items(planned: Planned, patterns: Sequence[str]) -> list[Explanation]:
+    """What there is to say of the sites that match any of the patterns.
+
+    Raises:
+        RecipeError: a pattern that matches no planned site.
+    """
+    found = []
+    for pattern in patterns:
+        own = explanations(planned, pattern)
+        if not own:
+            raise RecipeError(f"no planned site matches '{pattern}'",
+                              hint="bitnest inspect MODEL --sites lists names")  # fmt: skip
+        found.extend(own)
+    return found
+
+
 def explain(planned: Planned, patterns: Sequence[str]) -> None:
-    """Every choice of the sites that match, and why the chosen one won."""
+    """Every choice of the sites that match, and why the chosen one won.
+
+    Raises:
+        RecipeError: a pattern that matches no planned site.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    found = [item for pattern in patterns for item in explanations(planned, pattern)]
+    found = explained_items(planned, patterns)
     console = Console(soft_wrap=True)
-    if not found:
-        raise RecipeError(
-            f"no planned site matches '{patterns[0]}'",
-            hint="bitnest inspect MODEL --sites lists names",
-        )
     for item in found[:EXPLAINED]:
         together = f" and {len(item.sites) - 1} with it" if len(item.sites) > 1 else ""
         console.print(
@@ -165,7 +226,8 @@ def explain(planned: Planned, patterns: Sequence[str]) -> None:
         for line in item.lines:
             table.add_row(
                 line.format, f"{line.bits:.3g}", f"{line.nbytes:,}", f"{line.loss:.3g}",
-                f"+{line.value:.3g}" if line.value > 0 else "least", line.mark,
+                f"+{line.value:.3g}" if line.value > 0 else "least",
+                ", ".join(filter(None, (line.mark, "the whole expert" if line.whole else ""))),
             )  # fmt: skip
         console.print(table, markup=False)
         console.print(f"price: {item.price:.3g} nats per {item.unit}\n", highlight=False)

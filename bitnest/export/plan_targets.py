@@ -27,7 +27,7 @@ from bitnest.formats.zero import ZeroFormat
 from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
 from bitnest.sites import Site
-from bitnest.targets import Target
+from bitnest.targets import TARGETS, Target
 
 NATIVE = (
     "int1-g128@had64", "int2-g128@had64", "int3-g128@had64", "int4-g128@had64", "int5-g128@had64",
@@ -43,7 +43,6 @@ GGUF = {
     "int4-g32": "Q4_0", "int4-g32-asym": "Q4_1", "int5-g32": "Q5_0", "int5-g32-asym": "Q5_1",
     "int8-g32": "Q8_0", "mxfp4": "MXFP4",
 }  # fmt: skip
-TARGETS = ("native", *ENGINES, "gguf")
 
 
 def open_target(name: str, config: Mapping[str, Any]) -> Target:

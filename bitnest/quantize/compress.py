@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,7 @@ from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
-from bitnest.recipe import Recipe
+from bitnest.recipe import Recipe, resolved
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header
 from bitnest.sites import Site, find_sites, is_experts, is_tied
 from bitnest.skeleton import Skeleton
@@ -70,7 +70,7 @@ class Job:
     calibration: tokens to calibrate on, None for rtn. memory: bytes the process may use, or None.
     compute: type of the block's weights and hidden states while samples pass through it; Hessians
     and the solver are float32 always. expected: what statistics predict, for the manifest. plan:
-    that the recipe's rules come from.
+    that the recipe's rules come from. asked: the resolved recipe, None for that of `recipe` alone.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +84,7 @@ class Job:
     compute: torch.dtype = torch.float32
     expected: Expected | None = None
     plan: Plan | None = None
+    asked: Mapping[str, Any] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -459,6 +460,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
         },
         "architecture": type(job.skeleton.model).__name__,
         "recipe": job.recipe.to_json(),
+        "resolved": resolved(job.recipe) if job.asked is None else job.asked,
         "calibration": None
         if calibration is None
         else {

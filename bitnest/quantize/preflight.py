@@ -39,6 +39,7 @@ from bitnest.quantize.sizing import Sizes, cache_bytes
 
 OVERHEAD = 2.5  # of a run over its products alone; measured on models of 4 to 22 M parameters
 GPTQ_FLOPS = 3.0  # per O I^2, the sweep's updates and the error; I^3 apart
+PACKING = 200e6  # bytes of source a second, rounded with clipping; docs/performance.md
 LIBRARIES = 200 << 20  # bytes that libraries take once they run; measured on the embedded model
 PROMPT, ANSWER = 512, 128  # tokens, for the offloading bound
 
@@ -111,7 +112,7 @@ def preflight(
 ) -> Preflight:
     """What carrying out `formats` takes and gives.
 
-    machine: a name in MACHINES, besides this one.
+    samples: 0 where none is read. machine: a name in MACHINES, besides this one.
 
     Raises:
         RecipeError: an unknown machine.
@@ -124,7 +125,7 @@ def preflight(
         disk=sizes.artifact,
         free=None if out is None else free_bytes(out),
         memory=peak_memory(job, samples, length),
-        seconds=flops(job, samples, length) / product_rate() * OVERHEAD,
+        seconds=flops(job, samples, length) / product_rate() * OVERHEAD + packing_seconds(job),
         active=active,
         speeds=tuple(_speed(job, m, sizes, active) for m in machines),
     )
@@ -242,7 +243,10 @@ def free_bytes(out: Path) -> int:
 
 
 def flops(job: Job, samples: int, length: int) -> float:
-    """Operations of compressing: two passes of all samples, sums of outer products, and GPTQ."""
+    """Operations of compressing: two passes of all samples, sums of outer products, and GPTQ; none
+    where no sample is read."""
+    if not samples:
+        return 0.0
     tokens = samples * length
     config = job.skeleton.model.config.get_text_config()
     experts: dict[int, int] = {}
@@ -268,6 +272,11 @@ def flops(job: Job, samples: int, length: int) -> float:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     layers = len(job.skeleton.blocks)
     return total + 2 * 2 * 2 * layers * tokens * length * heads * size
+
+
+def packing_seconds(job: Job) -> float:
+    """Rounding to nearest and packing."""
+    return sum(site.numel for site in job.sites) * job.itemsize / PACKING
 
 
 def peak_memory(job: Job, samples: int, length: int) -> int:

@@ -113,6 +113,33 @@ class Statistics:
         """Names of the candidate formats whose sensitivity was measured."""
         return list(self.header["formats"])
 
+    def check_formats(self, names: Sequence[str], otherwise: str = "") -> None:
+        """Refuse formats that were not measured. otherwise: another way on, for the hint.
+
+        Raises:
+            StatisticsError: one was not.
+        """
+        missing = [name for name in names if name not in self.formats]
+        if missing:
+            raise StatisticsError(
+                f"format '{missing[0]}' is no candidate of these statistics",
+                where=str(self.path),
+                hint=f"measured: {', '.join(self.formats)}; {self.measuring(names)}{otherwise}",
+            )
+
+    def measuring(self, names: Sequence[str]) -> str:
+        """The command that gives statistics of these formats: by adding those that are missing, if
+        what that takes was kept, or else all anew."""
+        kept = self.header["hessian"] != "full" or self.header["options"]["keep_hessians"]
+        wanted = [n for n in dict.fromkeys(names) if not kept or n not in self.formats]
+        formats = " ".join(f"--format {name}" for name in wanted)
+        if kept and self.formats:
+            return f"bitnest analyze MODEL --reuse {self.path} {formats} -o DIR adds to them"
+        return (
+            f"bitnest analyze MODEL {formats} -o DIR, then --statistics DIR "
+            "(if it has --keep-hessians, --reuse can add more later)"
+        )
+
     @cached_property
     def sites(self) -> list[Site]:
         """Every site, in the model's order."""

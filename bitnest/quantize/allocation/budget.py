@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.formats import parse_format
 from bitnest.kinds import ENDS
-from bitnest.quantize.allocation.menu import build_menu
+from bitnest.quantize.allocation.menu import build_menu, check_suited
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import artifact_sizes
 from bitnest.recipe import sized
@@ -25,7 +25,7 @@ MARGIN = 4096  # bytes: of a hint, for what the manifest will say besides
 @dataclass(frozen=True)
 class Budget:
     """What was asked for: one of bits, size (bytes) and kl (nats). context: tokens of a cache that
-    a size has to hold as well.
+    a size has to hold as well. dial: what a person asked for, where the budget was made of that.
 
     Raises:
         RecipeError: none or several, or out of range.
@@ -35,6 +35,7 @@ class Budget:
     size: int | None = None
     kl: float | None = None
     context: int = 0
+    dial: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.context and self.size is None:
@@ -61,7 +62,9 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """What was given."""
-        found = {k: v for k, v in vars(self).items() if v is not None and k != "context"}
+        if self.dial is not None:
+            return dict(self.dial)
+        found = {k: v for k in ("bits", "size", "kl") if (v := getattr(self, k)) is not None}
         return {**found, **({"context": self.context} if self.context else {})}
 
 
@@ -71,16 +74,16 @@ def check_budget(
     """Refuse a budget that no plan can meet, before anything is measured.
 
     Raises:
-        RecipeError, BudgetError: even the smallest formats are over it.
+        RecipeError: even the smallest formats are over it, or the target takes none of them.
     """
     planned = ends if ends is not None else budget.bits is None
     sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
-    losses = np.zeros((len(sites), len(formats), 1))
-    ruled = job.recipe.ruled(job.sites)
-    known = {name: fmt for name, fmt in ruled.items() if fmt in {*formats, "dense"}}
-    own = {site.name for site in sites}
-    fixed = {name: fmt for name, fmt in known.items() if name in own}
-    menu = build_menu(sites, formats, losses, target, itemsize=job.itemsize, fixed=fixed)
+    fixed = ruled_formats(job, sites)
+    check_suited([s for s in sites if s.name not in fixed], formats, target)
+    extra = beside(fixed, formats)
+    named = (*formats, *extra)
+    losses = np.zeros((len(sites), len(named), 1))
+    menu = build_menu(sites, named, losses, target, itemsize=job.itemsize, fixed=fixed, extra=extra)
     cost = menu.bits if budget.bits is not None else menu.nbytes
     rows = np.arange(len(menu.items))
     cheapest = np.where(menu.allowed, cost, np.iinfo(np.int64).max).argmin(axis=1)
@@ -89,7 +92,7 @@ def check_budget(
         raise RecipeError(
             f"--bits {budget.bits:g} is less than the smallest candidates take: "
             f"{least / int(menu.numel.sum()):.3g}",
-            hint="candidates: " + ", ".join(formats),
+            hint="candidates: " + ", ".join(menu.usable),
         )
     if budget.size is not None:
         chosen = {**{n: f.name for n, f in job.formats.items()}, **menu.plan(cheapest)}
@@ -99,6 +102,24 @@ def check_budget(
             raise too_small(budget, total)
 
 
+def ruled_formats(job: Job, sites: Sequence[Site]) -> dict[str, str]:
+    """Format names that the recipe's rules give to some of `sites`, which no plan overrules.
+
+    Raises:
+        RecipeError: a rule with a broken pattern.
+    """
+    if not job.recipe.rules:
+        return {}
+    ruled = job.recipe.ruled(job.sites)
+    own = {site.name for site in sites}
+    return {name: parse_format(fmt).name for name, fmt in ruled.items() if name in own}
+
+
+def beside(fixed: Mapping[str, str], formats: Sequence[str]) -> tuple[str, ...]:
+    """Formats of rules that are no candidates."""
+    return tuple(dict.fromkeys(f for f in fixed.values() if f not in {*formats, "dense"}))
+
+
 def too_small(budget: Budget, least: int) -> RecipeError:
     """No plan is as small as was asked."""
     cache = f", the cache of {budget.context:,} tokens in it" if budget.context else ""
@@ -106,14 +127,3 @@ def too_small(budget: Budget, least: int) -> RecipeError:
         f"no plan fits {budget.size:,} bytes: the smallest takes {least:,}{cache}",
         hint=f"--size {least + MARGIN} or more, or coarser formats by --candidate",
     )
-
-
-def smallest_of_width(formats: Sequence[str], sites: Sequence[Site]) -> tuple[str, ...]:
-    """Of formats with equal code width those that take least bytes on the largest site."""
-    shape = max((site.shape for site in sites), key=lambda s: s[0] * s[1])
-    parsed: dict[str, AnyFormat] = {name: parse_format(name) for name in formats}
-    least: dict[float, int] = {}
-    for fmt in parsed.values():
-        if not isinstance(fmt, DenseFormat):
-            least[fmt.bits] = min(fmt.nbytes(shape), least.get(fmt.bits, 1 << 62))
-    return tuple(n for n, f in parsed.items() if f.nbytes(shape) <= least.get(f.bits, 1 << 62))

@@ -11,7 +11,7 @@ from bitnest.calibrate.predict import Predictor, output_errors, token_shares
 from bitnest.calibrate.summary.usage import Usage, expert_layers
 from bitnest.errors import RecipeError
 from bitnest.quantize.allocation.menu import Menu
-from bitnest.quantize.allocation.objective import with_weights
+from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.policies.common import Evidence
 from bitnest.sites import Site
 from bitnest.statistics import Statistics
@@ -22,13 +22,15 @@ def read_evidence(
     menu: Menu,
     *,
     weights: np.ndarray | None = None,
+    background: Background | None = None,
     latency: Mapping[str, float] | None = None,
     exact: bool = False,
 ) -> Evidence:
     """Everything the policies may look at, from the predictor's statistics.
 
-    weights: of the dataset labels. latency: seconds per weight of every format, as measured;
-    without it the bytes that a token reads stand for time.
+    weights: of the dataset labels. background: what sites that are not planned lose. latency:
+    seconds per weight of every format, as measured; without it the bytes that a token reads stand
+    for time.
     """
     statistics = predictor.statistics
     place = {site.name: i for i, site in enumerate(predictor.sites)}
@@ -37,7 +39,7 @@ def read_evidence(
     per_item = np.array([share[group].max() for group in rows])
     gates, significance = expert_use(statistics, [item[0] for item in menu.items])
     return Evidence(
-        objective=with_weights(menu, predictor.fit, weights),
+        objective=with_weights(menu, predictor.fit, weights, background),
         share=per_item,
         gate=gates,
         noise=_noise(predictor, menu, rows),

@@ -2,6 +2,8 @@
 
 At a price p per byte (or bit) an item takes the choice of least loss + p cost. Shown are all its
 choices with both, the price the budget settled at, and what the next step up or down would change.
+The matrices of an expert that can be dropped whole decide together: what is compared for one of
+them are the best plans of the expert in which it has each format.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import numpy as np
 
 from bitnest.patterns import Names
 from bitnest.quantize.allocation.planned import Planned
+from bitnest.quantize.allocation.problem import Bundle, Problem
+
+HALVINGS = 50  # of the interval that holds a price
+TIE = 1e-9  # relative: values closer than this are equal
 
 
 @dataclass(frozen=True)
 class Line:
     """One choice. loss: predicted mean KL of this item alone. value: loss + price * cost, relative
-    to the least. mark: `chosen`, `not on the hull` or empty."""
+    to the least. mark: `chosen`, `not on the hull` or empty. whole: the expert is dropped whole
+    with it, and loss is the expert's."""
 
     format: str
     nbytes: int
@@ -26,6 +33,7 @@ class Line:
     loss: float
     value: float
     mark: str
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,33 +66,105 @@ def explain(planned: Planned, pattern: str) -> list[Explanation]:
     bits = "bits" in planned.plan.asked
     cost = menu.bits if bits else menu.nbytes
     objective = planned.evidence.objective
-    loss = objective.linear(planned.choice)
-    price = marginal_price(loss, cost, planned.choice)
-    return [
-        _explanation(planned, i, loss[i], cost[i], price, "bit" if bits else "byte") for i in items
-    ]
+    problem = objective.problem(cost, 0, planned.choice)
+    price = marginal_price(problem, planned.choice)
+    unit = "bit" if bits else "byte"
+    return [_explanation(planned, problem, i, price, unit) for i in items]
 
 
-def marginal_price(loss: np.ndarray, cost: np.ndarray, choice: np.ndarray) -> float:
+def marginal_price(problem: Problem, choice: np.ndarray) -> float:
     """The price at which the plan's choices are best: between the best step up that was not taken
-    and the worst one that was."""
+    and the worst one that was. Where the budget cut a step there is none, and it is the price at
+    which all choices together are nearest to the best. An expert that is dropped whole comes back
+    as a whole, and its matrices have no steps of their own."""
     rows = np.arange(len(choice))
+    cost, loss = problem.cost, problem.loss
     here_cost, here_loss = cost[rows, choice][:, None], loss[rows, choice][:, None]
     more, saved = cost - here_cost, here_loss - loss
     up = np.where((more > 0) & np.isfinite(loss), saved / np.where(more > 0, more, 1), 0.0)
     down = np.where((more < 0) & np.isfinite(loss), saved / np.where(more < 0, more, 1), np.inf)
+    whole = problem.bundled(choice)
+    dropped = [i for bundle in whole for i in bundle.items]
+    up[dropped], down[dropped] = 0.0, np.inf
     best, worst = float(up.max()), float(down.min())
+    for bundle in problem.bundles:
+        if bundle in whole:
+            best = max(best, _leaving(problem, bundle))
+            continue
+        items = list(bundle.items)
+        freed = int(here_cost[items].sum()) - _cost(problem, bundle)
+        if freed > 0:
+            worst = min(worst, (bundle.loss - float(here_loss[items].sum())) / freed)
+    if worst < best:
+        return _nearest(problem, int(here_cost.sum()), max(0.0, worst), best)
     return (best + worst) / 2 if np.isfinite(worst) else best
 
 
+def _nearest(problem: Problem, spent: int, low: float, high: float) -> float:
+    """The price between two at which the best choices begin to cost no more than what was spent."""
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        values = problem.loss + price * problem.cost
+        chosen = values.argmin(axis=1)
+        least = values.min(axis=1)
+        cost = problem.cost[np.arange(len(chosen)), chosen]
+        total = int(cost.sum())
+        for bundle in problem.bundles:
+            items, own = list(bundle.items), _cost(problem, bundle)
+            if bundle.loss + price * own < float(least[items].sum()):
+                total += own - int(cost[items].sum())
+        low, high = (price, high) if total > spent else (low, price)
+    return (low + high) / 2
+
+
+def _cost(problem: Problem, bundle: Bundle) -> int:
+    return int(problem.cost[list(bundle.items), list(bundle.choices)].sum())
+
+
+def _leaving(problem: Problem, bundle: Bundle) -> float:
+    """The most loss per unit of cost that any other choices of a bundle's items save: the price at
+    which the best of them is as good as the bundle (Dinkelbach, 1967)."""
+    items, price = list(bundle.items), 0.0
+    rows = np.arange(len(items))
+    cost, loss = problem.cost[items], problem.loss[items]
+    while True:
+        best = (loss + price * cost).argmin(axis=1)
+        more = int(cost[rows, best].sum()) - _cost(problem, bundle)
+        saved = bundle.loss - float(loss[rows, best].sum())
+        if more <= 0 or saved <= price * more * (1 + 1e-12):
+            return price
+        price = saved / more
+
+
+def _values(
+    problem: Problem, item: int, choice: np.ndarray, price: float
+) -> tuple[np.ndarray, int | None, float]:
+    """Loss + price * cost of an item's choices; the choice, if there is one, that drops its expert
+    whole, and the expert's loss. With a bundle the items beside it are counted in, at their best.
+    """
+    values = problem.loss + price * problem.cost
+    own = values[item].copy()
+    for bundle in problem.bundles:
+        if item not in bundle.items:
+            continue
+        drop = bundle.choices[bundle.items.index(item)]
+        own += sum(float(values[i].min()) for i in bundle.items if i != item)
+        together = bundle.loss + price * _cost(problem, bundle)
+        if together < own[drop] or bundle in problem.bundled(choice):
+            own[drop] = together
+            return own, drop, bundle.loss
+    return own, None, 0.0
+
+
 def _explanation(
-    planned: Planned, item: int, loss: np.ndarray, cost: np.ndarray, price: float, unit: str
+    planned: Planned, problem: Problem, item: int, price: float, unit: str
 ) -> Explanation:
-    menu = planned.menu
+    menu, loss, cost = planned.menu, problem.loss[item], problem.cost[item]
     order = np.lexsort((loss, cost))
     allowed = [int(f) for f in order if np.isfinite(loss[f])]
-    values = loss + price * cost
+    values, drop, dropped = _values(problem, item, planned.choice, price)
     least = min(float(values[f]) for f in allowed)
+    above = np.where(values - least > TIE * abs(least), values - least, 0.0)
     hull = _hull(allowed, cost, loss)
     lines = []
     for f in allowed:
@@ -92,8 +172,8 @@ def _explanation(
         lines.append(
             Line(
                 menu.formats[f], int(menu.nbytes[item, f]),
-                float(menu.bits[item, f] / menu.numel[item]), float(loss[f]),
-                float(values[f]) - least, mark,
+                float(menu.bits[item, f] / menu.numel[item]),
+                dropped if f == drop else float(loss[f]), float(above[f]), mark, f == drop,
             )
         )  # fmt: skip
     return Explanation(

@@ -3,25 +3,24 @@
 An item is a group of sites that the target wants equal, mostly one site. Its bytes, code bits and
 losses are the sums of its sites'. Dense costs what the source's values take and loses nothing.
 `zero`, where it is among the formats, drops a matrix; all matrices of one expert dropped together
-lose what dropping the last one loses, since nothing of the others is left to lose: a bundle.
+lose one such loss, since nothing of the others is left to lose (`predict.WHOLE`): a bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from bitnest.errors import RecipeError, StatisticsError
+from bitnest.calibrate.predict import DROP, WHOLE, depths, whole_experts
+from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.quantize.allocation.problem import Bundle
 from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
-
-DROP = "zero"
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,41 @@ class Menu:
     def allowed(self) -> np.ndarray:
         """(N, F) bool."""
         return np.asarray(np.isfinite(self.losses).all(axis=2))
+
+    def one_per_width(self) -> Menu:
+        """With, of each item's allowed formats of equal code width, those of least bytes alone.
+
+        Formats that no item is left with are gone; those that none was allowed stay.
+        """
+        losses = self.losses.copy()
+        for i, allowed in enumerate(self.allowed):
+            least: dict[int, int] = {}
+            for f in np.nonzero(allowed)[0]:
+                bits, size = int(self.bits[i, f]), int(self.nbytes[i, f])
+                least[bits] = min(size, least.get(bits, size))
+            for f in np.nonzero(allowed)[0]:
+                if self.nbytes[i, f] > least[int(self.bits[i, f])]:
+                    losses[i, f] = np.inf
+        left = np.isfinite(losses).all(axis=2).any(axis=0) | ~self.allowed.any(axis=0)
+        formats = tuple(name for name, kept in zip(self.formats, left, strict=True) if kept)
+        return replace(
+            self, formats=formats,
+            nbytes=self.nbytes[:, left], bits=self.bits[:, left], losses=losses[:, left],
+        )  # fmt: skip
+
+    @property
+    def usable(self) -> list[str]:
+        """Formats that some item may have."""
+        return [self.formats[f] for f in np.nonzero(self.allowed.any(axis=0))[0]]
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """Of every item, (N,): see `calibrate/predict.depths`."""
+        return depths([item[0] for item in self.items])
+
+    def least(self, cost: np.ndarray) -> int:
+        """What the cheapest choices cost together. cost: (N, F)."""
+        return int(np.where(self.allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
 
     @cached_property
     def widths(self) -> np.ndarray:
@@ -100,26 +134,18 @@ class Menu:
         if DROP not in self.formats:
             return ()
         drop = self.formats.index(DROP)
-        found: dict[tuple[int, str, int], list[int]] = {}
-        for i, item in enumerate(self.items):
-            site = item[0]
-            if len(item) == 1 and site.expert is not None:
-                key = (site.layer, _experts_module(site), site.expert)
-                found.setdefault(key, []).append(i)
-        groups = [tuple(group) for group in found.values() if len(group) > 1]
+        alone = [i for i, item in enumerate(self.items) if len(item) == 1]
+        found = whole_experts([self.items[i][0] for i in alone])
+        groups = [tuple(alone[i] for i in group) for group in found]
         return tuple(group for group in groups if self.allowed[list(group), drop].all())
 
     def bundles(self, weighted: np.ndarray) -> tuple[Bundle, ...]:
         """Experts that can be dropped whole. weighted: loss (N, F) in one unit."""
         drop = self.formats.index(DROP) if self.experts else 0
         return tuple(
-            Bundle(group, (drop,) * len(group), float(weighted[list(group), drop].max()))
+            Bundle(group, (drop,) * len(group), WHOLE * float(weighted[list(group), drop].max()))
             for group in self.experts
         )
-
-
-def _experts_module(site: Site) -> str:
-    return site.module if site.param != "weight" else site.module.rpartition(".")[0]
 
 
 def build_menu(
@@ -130,14 +156,16 @@ def build_menu(
     *,
     itemsize: int = 2,
     fixed: Mapping[str, str] | None = None,
+    extra: Sequence[str] = (),
 ) -> Menu:
     """Items of `sites` for a target.
 
     losses: (S, F, L) of `formats`, which do not hold `dense`; it is added. itemsize: bytes of a
-    source value. fixed: site name -> the one format it may have, by the recipe's rules.
+    source value. fixed: site name -> the one format it may have, by the recipe's rules, of
+    `formats` or dense. extra: those of `formats` that no other site may have.
 
     Raises:
-        StatisticsError: a fixed format without losses. RecipeError: an item left without a format.
+        RecipeError: an item left without a format.
     """
     names = (*formats, "dense")
     parsed = [sized(parse_format(name), itemsize) for name in names]
@@ -150,9 +178,12 @@ def build_menu(
             if reason := target.allows(site, fmt):
                 raw[s, f] = np.inf
                 reasons.setdefault(site.name, reason)
-    for name, wanted in (fixed or {}).items():
-        _fix(raw, [site.name for site in sites], names, name, wanted)
     place = {site.name: i for i, site in enumerate(sites)}
+    ruled = fixed or {}
+    free = [i for name, i in place.items() if name not in ruled]
+    raw[np.ix_(free, [names.index(name) for name in extra])] = np.inf
+    for name, wanted in ruled.items():
+        raw[place[name], [f for f, other in enumerate(names) if other != wanted]] = np.inf
     groups = target.together(sites)
     rows = [[place[site.name] for site in group] for group in groups]
     kinds = tuple(dict.fromkeys(site.kind for site in sites))
@@ -176,6 +207,33 @@ def build_menu(
     return menu
 
 
+def check_suited(sites: Sequence[Site], formats: Sequence[str], target: Target) -> None:
+    """Refuse candidates of which the target takes none, at any site: all would stay dense.
+
+    Raises:
+        RecipeError: it takes none.
+    """
+    if not sites or not formats or any(_takes(target, sites, name) for name in formats):
+        return
+    own = [name for name in target.formats if _takes(target, sites, name)]
+    reason = target.allows(sites[0], parse_format(formats[0]))
+    raise RecipeError(
+        f"{target.name} takes none of the candidates {', '.join(formats)}: {reason}",
+        hint=(
+            "bitnest analyze MODEL "
+            + " ".join(f"--format {name}" for name in own)
+            + " -o DIR measures those that it takes, then --statistics DIR"
+            if own
+            else "plan for another --target"
+        ),
+    )
+
+
+def _takes(target: Target, sites: Sequence[Site], name: str) -> bool:
+    fmt = parse_format(name)
+    return any(not target.allows(site, fmt) for site in sites)
+
+
 def _sizes(sites: Sequence[Site], formats: Sequence[AnyFormat]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and code bits, (S, F) each; equal shapes are computed once."""
     known: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
@@ -194,14 +252,3 @@ def _summed(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
     if all(len(group) == 1 for group in rows):
         return values[[group[0] for group in rows]]
     return np.stack([values[list(group)].sum(axis=0) for group in rows])
-
-
-def _fix(raw: np.ndarray, sites: list[str], names: Sequence[str], site: str, wanted: str) -> None:
-    if wanted not in names:
-        raise StatisticsError(
-            f"format '{wanted}', which a rule asks for, was not measured",
-            where=site,
-            hint=f"bitnest analyze --reuse DIR --format {wanted}; measured: {', '.join(names)}",
-        )
-    others = [f for f, name in enumerate(names) if name != wanted]
-    raw[sites.index(site), others] = np.inf

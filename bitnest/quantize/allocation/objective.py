@@ -6,7 +6,9 @@ Predicted KL on dataset d (`calibrate/predict`):
 
 with s grown by what else is wrong. What is minimised is the mean of KL_d over datasets [ours], by
 linear problems: the first counts losses alone, each further one has the tangent at the last
-solution, and the best plan met is kept. A few rounds reach a fixed point.
+solution, and the best plan met is kept. A few rounds reach a fixed point. Few items, as where a
+target wants whole layers equal, have several fixed points: descents then start from the plans of
+smaller budgets too, and those plans compete.
 """
 
 from __future__ import annotations
@@ -16,46 +18,78 @@ from functools import cached_property
 
 import numpy as np
 
-from bitnest.calibrate.predict import GROWTH, KAPPA, Fit, depths, growth, moves
+from bitnest.calibrate.predict import (
+    DROP,
+    GROWTH,
+    KAPPA,
+    Fit,
+    count_drops_once,
+    growth,
+    moves,
+)
 from bitnest.errors import RecipeError
 from bitnest.quantize.allocation.exact import solve_exact
-from bitnest.quantize.allocation.menu import DROP, Menu
+from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.problem import Problem, Solution
 from bitnest.quantize.allocation.solver import solve
 
 ROUNDS = 8
+FEW = 500  # items, of which descents start from several plans
+STARTS = (0.0, 0.5, 0.9, 0.97)  # of what a budget leaves over the cheapest choices
 TINY = 1e-12
 
 
 @dataclass(frozen=True)
+class Background:
+    """Sites that are not planned and lose something all the same: M of them.
+
+    losses: raw, (M, L). kinds: of each. depth: (M,), see `calibrate/predict.depths`.
+    """
+
+    losses: np.ndarray
+    kinds: tuple[str, ...]
+    depth: np.ndarray
+
+    @classmethod
+    def none(cls, labels: int) -> Background:
+        """No such sites."""
+        return cls(np.zeros((0, labels)), (), np.zeros(0))
+
+
+@dataclass(frozen=True)
 class Objective:
-    """Predicted KL of choices on a menu. weights: of the datasets, (L,), sum 1."""
+    """Predicted KL of choices on a menu, with what is lost beside it. weights: of the datasets,
+    (L,), sum 1. fit: its kinds are the menu's, then those that only the background has."""
 
     menu: Menu
     fit: Fit
     weights: np.ndarray
+    background: Background
 
     def own(self, choice: np.ndarray) -> np.ndarray:
         """Raw losses per item and label, (N, L); a dropped expert counts once."""
         own = self.menu.losses[np.arange(len(choice)), choice].copy()
-        for group in self.menu.experts:
-            items = list(group)
-            if all(self.menu.formats[choice[i]] == DROP for i in items):
-                own[items[0]] = own[items].max(axis=0)
-                own[items[1:]] = 0.0
+        dropped = np.array([name == DROP for name in self.menu.formats])[choice]
+        count_drops_once(own, self.menu.experts, dropped)
         return own
 
     def sums(self, choice: np.ndarray) -> np.ndarray:
         """Losses per label and kind, grown with each other, (L, K)."""
-        own = self.own(choice)
-        totals = np.zeros((len(self.menu.kinds), own.shape[1]))
-        np.add.at(totals, self.menu.kind, own * growth(own.sum(axis=0), self.depth))
+        own = np.concatenate([self.own(choice), self.background.losses])
+        totals = np.zeros((len(self.fit.kinds), own.shape[1]))
+        np.add.at(totals, self.kind, own * growth(own.sum(axis=0), self.depth))
         return totals.T
 
     @cached_property
     def depth(self) -> np.ndarray:
-        """Of every item, (N,)."""
-        return depths([item[0] for item in self.menu.items])
+        """Of every item and the background, (N + M,)."""
+        return np.concatenate([self.menu.depth, self.background.depth])
+
+    @cached_property
+    def kind(self) -> np.ndarray:
+        """Number of the kind, of every item and the background, (N + M,)."""
+        beside = [self.fit.kinds.index(kind) for kind in self.background.kinds]
+        return np.concatenate([self.menu.kind, np.array(beside, dtype=np.int64)])
 
     def kl(self, choice: np.ndarray) -> np.ndarray:
         """Predicted KL per label, (L,)."""
@@ -72,20 +106,21 @@ class Objective:
 
             dKL / ds_i = c_i g_i + sum_j c_j s_j dg_j / dT
         """
-        kind = np.array(self.fit.scales)[self.menu.kind][:, None]
+        kind = np.array(self.fit.scales)[self.kind][:, None]
         if choice is None:
             slope = np.broadcast_to(kind, (len(kind), self.menu.losses.shape[2]))
         else:
-            own = self.own(choice)
+            own = np.concatenate([self.own(choice), self.background.losses])
             total = own.sum(axis=0)
             grown = growth(total, self.depth)
-            counted = moves(self.menu.kinds)[self.menu.kind][:, None]
+            counted = moves(self.fit.kinds)[self.kind][:, None]
             reached = np.maximum((own * grown * counted).sum(axis=0), TINY)
             each = kind + counted * self.fit.flips / (2 * np.sqrt(reached))
             power = GROWTH * (1 - self.depth[:, None])
             faster = grown * power * KAPPA / (1 + KAPPA * total)
             slope = each * grown + (each * own * faster).sum(axis=0)
-        return np.asarray((self.menu.losses * (slope * self.weights)[:, None, :]).sum(axis=2))
+        slope = (slope * self.weights)[: len(self.menu.items), None, :]
+        return np.asarray((self.menu.losses * slope).sum(axis=2))
 
     def problem(self, cost: np.ndarray, budget: int, choice: np.ndarray | None) -> Problem:
         """The linear problem whose tangent lies at a choice."""
@@ -101,8 +136,23 @@ class Objective:
         Raises:
             BudgetError: the cheapest choices are over the budget.
         """
+        best = self._descend(cost, budget, None, exact)
+        if len(self.menu.items) > FEW:
+            return best
+        for share in STARTS:
+            least = self.menu.least(cost)
+            start = self._descend(cost, least + round(share * (budget - least)), None, exact)
+            other = self._descend(cost, budget, start.choice, exact)
+            for found in (start, other):
+                if self.mean(found.choice) < self.mean(best.choice) * (1 - 1e-9):
+                    best = found
+        return best
+
+    def _descend(
+        self, cost: np.ndarray, budget: int, at: np.ndarray | None, exact: bool
+    ) -> Solution:
+        """Tangent after tangent, from that at `at`, while the predicted KL falls."""
         solver = solve_exact if exact else solve
-        at: np.ndarray | None = None
         best: Solution | None = None
         for _ in range(ROUNDS):
             found = solver(self.problem(cost, budget, at))
@@ -120,7 +170,7 @@ class Objective:
             RecipeError: even the best choices are predicted to lose more.
         """
         allowed = np.where(self.menu.allowed, cost, -1)
-        low = int(np.where(self.menu.allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
+        low = self.menu.least(cost)
         high = int(allowed.max(axis=1).sum())
         best = self.minimise(cost, high, exact=exact)
         if self.mean(best.choice) > limit:
@@ -139,12 +189,19 @@ class Objective:
         return best
 
 
-def with_weights(menu: Menu, fit: Fit, weights: np.ndarray | None = None) -> Objective:
+def with_weights(
+    menu: Menu,
+    fit: Fit,
+    weights: np.ndarray | None = None,
+    background: Background | None = None,
+) -> Objective:
     """Equal weights unless told; the fit's kinds in the menu's order, those it lacks at its
     mean."""
     labels = menu.losses.shape[2]
+    background = background or Background.none(labels)
     known = dict(zip(fit.kinds, fit.scales, strict=True))
     mean = float(np.exp(np.mean(np.log(fit.scales)))) if fit.scales else 1.0
-    ordered = replace(fit, kinds=menu.kinds, scales=tuple(known.get(k, mean) for k in menu.kinds))
+    kinds = tuple(dict.fromkeys((*menu.kinds, *background.kinds)))
+    ordered = replace(fit, kinds=kinds, scales=tuple(known.get(k, mean) for k in kinds))
     own = np.full(labels, 1.0 / labels) if weights is None else weights / weights.sum()
-    return Objective(menu, ordered, own)
+    return Objective(menu, ordered, own, background)

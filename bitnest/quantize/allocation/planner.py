@@ -2,8 +2,9 @@
 
 The budget is one of
 
-    bits    average code width over the planned weights. Scales are not counted, so at each width
-            only the smallest of the candidates compete: no loophole in small groups
+    bits    average code width over the planned weights. Scales are not counted, so of the formats
+            that a weight may have only the smallest of each width compete: no loophole in small
+            groups
     size    every byte of the artifact, and with a context the key-value cache. Weights get what the
             rest leaves; the rest depends a little on the plan, so it is solved again until it fits
     kl      predicted mean KL: the smallest artifact that is predicted to keep it
@@ -17,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +27,17 @@ from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
-from bitnest.plan import Plan
-from bitnest.quantize.allocation.budget import Budget, smallest_of_width, too_small
+from bitnest.plan import Plan, digest_of
+from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import Menu, build_menu
+from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
+from bitnest.quantize.allocation.objective import Background
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
-from bitnest.recipe import sized
+from bitnest.recipe import resolved, sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
@@ -55,7 +59,8 @@ FIGURES = (
 class Planner:
     """Plans for one model, its statistics and a target.
 
-    formats: candidates, None for those of the statistics. ends: whether embedding and head are
+    formats: candidates, None for those of the statistics; a site that a rule names gets the rule's
+    format, candidate or not. ends: whether embedding and head are
     planned too; None: with a size or KL they are, with bits they stay as they are, which is how
     "3-bit" is meant in the field. weights: of the dataset labels. latency: see `read_evidence`.
 
@@ -85,13 +90,7 @@ class Planner:
         self.known = {site.name: site for site in job.sites}
         check_sites(job, predictor)
         self.formats = tuple(predictor.formats if formats is None else formats)
-        for name in self.formats:
-            if name not in predictor.formats:
-                raise StatisticsError(
-                    f"format '{name}' is no candidate of these statistics",
-                    where=str(predictor.statistics.path),
-                    hint="measured: " + ", ".join(predictor.formats),
-                )
+        predictor.statistics.check_formats(self.formats)
 
     def plan(self, budget: Budget, policy: str = "bitnest") -> Planned:
         """The plan of a policy under a budget.
@@ -104,7 +103,10 @@ class Planner:
         evidence = self.evidence(budget)
         if budget.bits is not None:
             spend = round(budget.bits * int(evidence.menu.numel.sum()))
-            choice = POLICIES[policy](evidence, evidence.menu.bits, spend)
+            try:
+                choice = POLICIES[policy](evidence, evidence.menu.bits, spend)
+            except BudgetError as error:
+                raise error.counting("code bits") from error
             return self._finish(evidence, choice, budget, policy, spend)
         if budget.kl is not None:
             if policy != "bitnest":
@@ -116,42 +118,93 @@ class Planner:
         return self._finish(evidence, choice, budget, policy, spend)
 
     def evaluate(self, plan: Plan) -> Planned:
-        """What a plan that is already there costs and loses.
+        """What a plan that is already there costs and loses. The figures and the digest of the
+        result are of its rules as they are now.
 
         Raises:
             RecipeError: it names no site, or breaks a rule of the target.
         """
         formats = plan.formats(self.job.sites)
-        evidence = self.evidence(Budget(size=1))
+        evidence = self.evidence(Budget(size=1), ends=True, suited=False)
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
         found = self._finish(evidence, choice, Budget(size=1), "")
-        return replace(found, plan=replace(plan, expected=found.plan.expected))
+        now = replace(plan, expected=found.plan.expected, digest=digest_of(plan.rules))
+        return replace(found, plan=now)
 
-    def evidence(self, budget: Budget) -> Evidence:
-        """Menu and grounds for a kind of budget."""
-        ends = self.ends if self.ends is not None else budget.bits is None
+    def evidence(
+        self, budget: Budget, *, ends: bool | None = None, suited: bool = True
+    ) -> Evidence:
+        """Menu and grounds for a kind of budget. ends: whether embedding and head are on the menu;
+        None: as the planner does. suited: refuse candidates of which the target takes none.
+
+        Raises:
+            RecipeError: they are, or no format is left for a site.
+            StatisticsError: a rule asks for a format that was not measured.
+        """
+        if ends is None:
+            ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
-        formats = self.formats if budget.bits is None else smallest_of_width(self.formats, sites)
         place = {site.name: i for i, site in enumerate(self.predictor.sites)}
+        fixed = ruled_formats(self.job, sites)
+        if suited:
+            check_suited([s for s in sites if s.name not in fixed], self.formats, self.target)
+        extra = beside(fixed, self.formats)
+        self._check_measured(extra)
+        formats = (*self.formats, *extra)
         columns = [self.predictor.formats.index(name) for name in formats]
         losses = self.predictor.losses[[place[s.name] for s in sites]][:, columns]
         losses = losses[:, :, np.array(self.predictor.known)]
         menu = build_menu(
             sites, formats, losses, self.target,
-            itemsize=self.job.itemsize, fixed=self._fixed(sites),
+            itemsize=self.job.itemsize, fixed=fixed, extra=extra,
         )  # fmt: skip
+        if budget.bits is not None:
+            menu = menu.one_per_width()
         return read_evidence(
-            self.predictor, menu, weights=self.weights, latency=self.latency, exact=self.exact
+            self.predictor, menu, weights=self.weights, background=self._background(sites),
+            latency=self.latency, exact=self.exact,
+        )  # fmt: skip
+
+    def _background(self, planned: Sequence[Site]) -> Background:
+        """What sites lose that are not on the menu, but have a format by a rule: ends."""
+        names = {site.name for site in planned}
+        ruled = self.job.recipe.ruled(self.job.sites) if self.job.recipe.rules else {}
+        place = {site.name: i for i, site in enumerate(self.predictor.sites)}
+        ends = [s for s in self.job.sites if s.kind in ENDS and s.name not in names]
+        ends = [s for s in ends if ruled.get(s.name, "dense") != "dense"]
+        self._check_measured([ruled[site.name] for site in ends])
+        for site in ends:
+            if site.name not in place:
+                raise StatisticsError(
+                    f"'{site.name}', which a rule gives a format, was not measured",
+                    where=str(self.predictor.statistics.path),
+                    hint="bitnest analyze it again: these statistics are of an earlier version",
+                )
+        depth = dict(zip(place, self.predictor.depth, strict=True))
+        losses = [
+            self.predictor.losses[place[s.name], self.predictor.formats.index(ruled[s.name])]
+            for s in ends
+        ]
+        known = np.array(self.predictor.known)
+        if not losses:
+            return Background.none(int(known.sum()))
+        return Background(
+            np.stack(losses)[:, known],
+            tuple(s.kind for s in ends),
+            np.array([depth[s.name] for s in ends]),
         )
 
-    def _fixed(self, sites: Sequence[Site]) -> dict[str, str]:
-        """Formats that the recipe's rules ask for, which no plan overrules."""
-        if not self.job.recipe.rules:
-            return {}
-        ruled = self.job.recipe.ruled(self.job.sites)
-        planned = {site.name for site in sites}
-        return {name: fmt for name, fmt in ruled.items() if name in planned}
+    def _check_measured(self, ruled: Sequence[str]) -> None:
+        statistics = self.predictor.statistics
+        for name in ruled:
+            if name not in statistics.formats:
+                raise StatisticsError(
+                    f"format '{name}', which a rule asks for, was not measured",
+                    where=str(statistics.path),
+                    hint=f"measured: {', '.join(statistics.formats)}; "
+                    + statistics.measuring([*self.formats, *ruled]),
+                )
 
     def _sized(self, evidence: Evidence, budget: Budget, policy: str) -> tuple[np.ndarray, int]:
         """Solve, see what the whole artifact takes, and give the weights what is left; the largest
@@ -190,6 +243,8 @@ class Planner:
         """Sizes of the artifact of one choice per item, its manifest as this plan's will be."""
         formats = menu.plan(choice)
         job = replace(self._job(formats), plan=self._draft(budget), expected=self._expected)
+        if self.job.asked is None:  # carried out later, with options that are not known yet
+            job = replace(job, asked=self._asked(budget))
         assumed = None if self.job.calibration is not None else self._assumed()
         return artifact_sizes(job, self._formats(formats), budget.context, assumed)
 
@@ -201,6 +256,14 @@ class Planner:
             (), target=self.target.name, policy="frequency", asked=budget.to_json(),
             expected={**figures, **texts},
         )  # fmt: skip
+
+    def _asked(self, budget: Budget) -> dict[str, Any]:
+        """The resolved recipe of `compress` with this budget and no other option."""
+        planning = {
+            "target": self.target.name, "policy": "frequency", "candidates": list(self.formats),
+            "ends": False, "exact": False,
+        }  # fmt: skip
+        return resolved(self.job.recipe, {"budget": budget.to_json()}, planning=planning)
 
     @cached_property
     def _expected(self) -> Expected:

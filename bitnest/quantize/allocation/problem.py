@@ -21,15 +21,19 @@ from bitnest.errors import RecipeError
 
 
 class BudgetError(RecipeError):
-    """The cheapest choices together cost more than the budget. least: what they cost."""
+    """The cheapest choices together cost more than the budget. least: what they cost, in `unit`."""
 
-    def __init__(self, least: int, budget: int) -> None:
+    def __init__(self, least: int, budget: int, unit: str = "bytes") -> None:
         self.least, self.budget = least, budget
         super().__init__(
-            f"the smallest choice of every weight costs {least:,}, more than the budget of "
+            f"the smallest choice of every weight costs {least:,} {unit}, more than the budget of "
             f"{budget:,}",
             hint="a larger budget, or smaller formats among the candidates",
         )
+
+    def counting(self, unit: str) -> BudgetError:
+        """The same in another unit, where costs are not bytes."""
+        return BudgetError(self.least, self.budget, unit)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
-from bitnest.quantize.allocation.menu import DROP, Menu
+from bitnest.calibrate.predict import DROP
+from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import Objective
 from bitnest.quantize.allocation.problem import BudgetError
 
