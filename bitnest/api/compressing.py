@@ -28,6 +28,7 @@ from bitnest.api.texts import calibration_set, check_length, check_vocabulary, s
 from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError, StatisticsError
+from bitnest.formats.names import nested_name
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
 from bitnest.recipe import (
@@ -64,6 +65,7 @@ def compress(
     context: int = 0,
     format: str | None = None,
     group: int | None = None,
+    nested: str | None = None,
     plan: str | Path | Plan | None = None,
     policy: str = "bitnest",
     target: str = "native",
@@ -93,17 +95,17 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
     bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
-    group: one format for all instead. plan: a plan to carry out instead. policy, target,
-    candidates, ends, exact: see `plan`. check: texts that max_kl and min_agreement are measured on.
-    rules: PATTERN=FORMAT, later ones win; no plan overrules them. data: calibration texts,
-    `label=source`; none means those of the statistics, or the embedded text. rtn reads no text
-    unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
-    weighting, damp, min_tokens, clip, seed: see `Recipe`. memory: bytes the process may use.
-    compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory
-    that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a
-    plan without one looks there for those it was made of.
-    fresh: forget an unfinished run instead of resuming it. announce: called with the plan, where
-    one was made, and what it will take, before it is carried out.
+    group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`.
+    plan: a plan to carry out instead. policy, target, candidates, ends, exact: see `plan`. check:
+    texts that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no
+    plan overrules them. data: calibration texts, `label=source`; none means those of the
+    statistics, or the embedded text. rtn reads no text unless a format is fitted to inputs.
+    samples, length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed:
+    see `Recipe`. memory: bytes the process may use. compute: type samples are calibrated in, see
+    `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model; a budget
+    without one measures `<model>-statistics` first, a plan without one looks there for those it was
+    made of. fresh: forget an unfinished run instead of resuming it. announce: called with the plan,
+    where one was made, and what it will take, before it is carried out.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -115,6 +117,8 @@ def compress(
 
     check_policy(policy)
     dials = Dials(bits, size, max_kl, min_agreement, context)
+    if nested is not None:
+        format, group = _nested(dials, format, group, plan, nested), None
     _check_ways(dials, format, group, plan)
     extras = {
         "--target": target != "native", "--candidate": bool(candidates), "--exact": exact,
@@ -264,6 +268,20 @@ def check_texts(texts: Sequence[str]) -> None:
 
     for text in texts:
         next(iter(load_texts(parse_source(text).source)), None)
+
+
+def _nested(dials: Dials, fmt: str | None, group: int | None, plan: object, nested: str) -> str:
+    """The format of `nested`.
+
+    Raises:
+        RecipeError: beside a dial, a format or a plan. FormatError: no widths.
+    """
+    if dials.given or fmt is not None or plan is not None:
+        raise RecipeError(
+            "--nested already says every width",
+            hint="leave out --bits, --size, --max-kl, --format and --plan",
+        )
+    return nested_name(nested, group)
 
 
 def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:

@@ -25,6 +25,9 @@ def command(
         "their gates become 0 and the token's other gates are scaled up to the same sum; no other "
         "expert is picked instead. May be repeated. One model alone is its own base.",
     ),
+    bits: str = typer.Option(
+        None, "--bits", help="Widths to read nested artifacts at, a row each: 2-8 or 2,3,4."
+    ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
     batch_size: int = typer.Option(8, "--batch-size", min=1, help="Windows per forward pass."),
@@ -40,6 +43,7 @@ def command(
 
     prepare_process()
     from bitnest import api
+    from bitnest.formats.names import parse_widths
 
     quiet_transformers()
     with Bars(quiet) as bars:
@@ -48,6 +52,7 @@ def command(
             against=against,
             data=data,
             without=without,
+            bits=parse_widths(bits) if bits else (),
             window=window,
             windows=windows,
             batch_size=batch_size,

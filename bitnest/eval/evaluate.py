@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitnest.artifact import is_artifact
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
 from bitnest.device import choose_device
-from bitnest.errors import BitnestError, CheckpointError, DataError
+from bitnest.errors import BitnestError, CheckpointError, DataError, RecipeError
 from bitnest.eval.divergence import Tokens, compare
 from bitnest.eval.logits import (
     Full,
@@ -43,6 +43,7 @@ from bitnest.eval.size import count_parameters, weight_bytes
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.packed.loading import load_model, load_tokenizer
 from bitnest.packed.modules import hold_decoded
+from bitnest.packed.widths import is_nested, set_bits
 
 if TYPE_CHECKING:
     from bitnest.progress import Progress
@@ -64,7 +65,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "float32",
     device: str | torch.device | None = None,
-    bits: int | None = None,
+    bits: Sequence[int] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -73,10 +74,11 @@ def evaluate(
     models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. without:
     `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured with these
     experts switched off (`eval.without` says what that means). One model alone is then the base of
-    its own rows; several without `against` have perplexity only. window,
-    windows: tokens in a window, windows per text. batch_size: windows per forward pass (packed
-    models decode their weights once per pass). dtype: compute type. device: None means CUDA where
-    there is one, as when compressing. The base is the first row.
+    its own rows; several without `against` have perplexity only. bits: widths at which
+    nested artifacts are read, a row each; others have one row. window, windows: tokens in a window,
+    windows per text. batch_size: windows per forward pass (packed models decode their weights once
+    per pass). dtype: compute type. device: None means CUDA where there is one, as when compressing.
+    The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -87,6 +89,8 @@ def evaluate(
         CheckpointError, ArtifactError: a model that cannot be opened.
     """
     _check_options(models, window, windows, batch_size, dtype)
+    if bits and without:
+        raise BitnestError("--bits and --without are measured apart", hint="leave out one")
     offs = parse_without(without)
     device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
@@ -100,6 +104,12 @@ def evaluate(
     ]
     if against is not None:
         switches.insert(0, ())
+    nested = [bool(bits) and is_artifact(path) and is_nested(Artifact.open(path)) for path in paths]
+    if bits and not any(nested):
+        raise RecipeError(
+            "none of these models is nested: each has one width",
+            hint="leave out --bits, or compress with --nested 2-8",
+        )
     tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)
@@ -111,17 +121,22 @@ def evaluate(
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
+        widths = tuple(bits) if nested[number] else (None,)
         model = load_model(
-            path, dtype=dtype, device=device, bits=bits if is_artifact(path) else None,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        hold_decoded(model)
-        head = open_head(model, tokens[0], name)
-        nbytes = weight_bytes(path)
+            path, dtype=dtype, device=device, bits=widths[0], trust_remote_code=trust_remote_code
+        )
         counted = parameters if based else count_parameters(path)
-        per_weight = 8 * nbytes / counted if counted else None
-        for switch in (Switch(), *switches[number]):
+        for width, switch in [
+            *((width, Switch()) for width in widths), *((None, s) for s in switches[number])
+        ]:  # fmt: skip
+            if width not in {None, widths[0]}:
+                set_bits(model, width)
+            hold_decoded(model)
+            head = open_head(model, tokens[0], name)
+            nbytes = weight_bytes(path, width)
+            per_weight = 8 * nbytes / counted if counted else None
             title = f"{name} without {switch.label}" if switch.modules else name
+            title = title if width is None else f"{name} at {width} bits"
             if progress is not None and switch.modules:
                 progress.phase(f"measure {title}", sum(text.windows for text in texts))
             is_base = based and not rows

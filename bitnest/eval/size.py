@@ -12,13 +12,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bitnest.artifact import Artifact, is_artifact
+from bitnest.artifact import Artifact, is_artifact, plane_width
 from bitnest.safetensors_io import read_header
 
 
-def weight_bytes(path: Path) -> int:
-    """Bytes of the safetensors files that make up the model in `path`."""
-    return sum(file.stat().st_size for file in _weight_files(path))
+def weight_bytes(path: Path, bits: int | None = None) -> int:
+    """Bytes of the safetensors files that make up the model in `path`. bits: of a nested artifact
+    read at that width, without the planes beyond."""
+    files = _weight_files(path)
+    if bits is not None:
+        files = [file for file in files if (plane_width(file.name) or 0) <= bits]
+    return sum(file.stat().st_size for file in files)
 
 
 def count_parameters(path: Path) -> int | None:

@@ -59,6 +59,8 @@ ALIASES: dict[str, BlockFormat] = {
 SHORT_FLOATS = {"fp8": E4M3, "fp6": E3M2, "fp4": E2M1}
 HINT = "for example int4-g128, int3-g64-asym, mxfp4, fp8-channel, nf4-g64; see bitnest formats"
 
+NESTED_TRANSFORM = "@had64"  # lowers the error of nested codes as of others (docs/log.md)
+
 NEAREST = {
     "w8a16": "int8-channel", "w4a16": "int4-g128", "fp8_dynamic": "fp8-channel",
     "fp8": "fp8-channel", "nf4": "nf4-g64", "fp4": "nvfp4", "ternary": "ternary-g128",
@@ -93,6 +95,32 @@ def parse_format(name: str) -> AnyFormat:
         return ZeroFormat()
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
     return _wrap(parse_base(name[:cut], name), name[cut:], name)
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Widths as the command line writes them: `2-8`, `4` or `2,3,4,6,8`, ascending.
+
+    Raises:
+        FormatError: not of that form, or no width.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([1-8])(?:-([1-8]))?\s*", part)
+        if match is None or int(match[2] or 8) < int(match[1]):
+            raise FormatError(
+                f"'{text}' is no list of widths", hint="2-8 or 2,3,4,6,8; from 1 to 8 bits"
+            )
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
+def nested_name(text: str, group: int | None = None) -> str:
+    """The format that `--nested TEXT` asks for.
+
+    Raises:
+        FormatError: see `parse_widths`.
+    """
+    return NestedFormat("nest", parse_widths(text), group or 128).name + NESTED_TRANSFORM
 
 
 def parse_base(text: str, whole: str = "") -> CoreFormat:

@@ -39,6 +39,11 @@ def wanted_widths() -> Widths | None:
     return _wanted.get()
 
 
+def is_nested(artifact: Artifact) -> bool:
+    """Whether anything in it can be read at several widths."""
+    return any(widths(parse_format(record.format)) for record in artifact.packed())
+
+
 def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyFormat]:
     """Format of every packed site as it is to be read; nested ones cut at `bits`.
 
