@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def command(
     model: str = typer.Argument(help="Artifact or checkpoint: directory, hub id, or 'demo'."),
     bits: float = typer.Option(
-        None, "--bits", help="Compress a checkpoint to this width first (default: 4)."
+        None,
+        "--bits",
+        help="Compress a checkpoint to this width first (default: 4); the width to read a nested "
+        "artifact at.",
     ),
     format: str = typer.Option(None, "--format", help="Compress to this format first."),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn, when compressing."),
@@ -61,6 +64,9 @@ def command(
 
     with Bars(quiet) as bars:
         options = {"bits": bits, "format": format, "method": method}
+        width = _nested_width(model, options, engine)
+        if width is not None:
+            options["bits"] = None
         path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
         if engine == "vllm":
             path = _exported(path, vllm_for, cache_dir)
@@ -74,7 +80,7 @@ def command(
 
     quiet_transformers()
     run_server(
-        load_model(path, trust_remote_code=trust_remote_code),
+        load_model(path, bits=width, trust_remote_code=trust_remote_code),
         load_tokenizer(path, trust_remote_code=trust_remote_code),
         model_name=name or model,
         host=host,
@@ -84,6 +90,29 @@ def command(
         cache_tokens=cache_tokens,
         max_pending=max_pending,
     )
+
+
+def _nested_width(model: str, options: dict[str, Any], engine: str) -> int | None:
+    """The width that a nested artifact is to be read at, None for other models.
+
+    Raises:
+        RecipeError: a width that is not whole, or an engine that reads no planes.
+    """
+    from bitnest.artifact import Artifact, is_artifact
+    from bitnest.checkpoint import resolve_model
+    from bitnest.errors import RecipeError
+    from bitnest.packed.widths import is_nested
+
+    source, bits = resolve_model(model), options["bits"]
+    if bits is None or not is_artifact(source) or not is_nested(Artifact.open(source)):
+        return None
+    if engine != "bitnest":
+        raise RecipeError(
+            "vLLM reads no planes", hint="serve it by bitnest's own engine, or compress with --bits"
+        )
+    if not float(bits).is_integer():
+        raise RecipeError(f"--bits {bits:g}: a width is a whole number", hint="--bits 3")
+    return int(bits)
 
 
 def _artifact(

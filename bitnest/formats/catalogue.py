@@ -94,6 +94,13 @@ FAMILIES: dict[str, dict[str, str]] = {
     "dual-grain": {
         "dgq4-g128": "DGQ: 4-bit groups inside int8 rows, for 4-bit weights on int8 hardware",
     },
+    "nested": {
+        "nest2345678-g128": "any width from 2 to 8 bits, by planes; tables of the matrix (ours)",
+        "nest248-g128": "the same at 2, 4 and 8 bits",
+        "mat2345678-g128": "uniform codes for all widths, after MatGPTQ",
+        "mwq2345678-g128": "a base and signed residuals, after D2MoE",
+        "any2345678-channel": "tables per row, clusters split in two, after Any-Precision",
+    },
     "scale option": {
         "int4-g32-dq": "int8 scales of 16-bit scales (double quantisation)",
         "nf4-g64-dq": "NF4 with double quantisation, near QLoRA's",

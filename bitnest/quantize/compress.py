@@ -28,6 +28,7 @@ import torch
 
 from bitnest import __version__
 from bitnest.artifact import (
+    FORMAT_VERSION,
     Artifact,
     SiteRecord,
     Writer,
@@ -415,7 +416,7 @@ def artifact_config(job: Job) -> dict[str, Any]:
         **job.checkpoint.config,
         "quantization_config": {
             "quant_method": "bitnest",
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "format": job.recipe.format,
         },
     }
