@@ -62,6 +62,7 @@ class SiteRecord:
     nbytes: bytes of its tensors. error: relative output error on the calibration text (relative
     weight error for rtn). tokens: calibration tokens it saw, None without calibration. file: the
     packed file that holds it; empty when it stays among the dense tensors, or is zero and has none.
+    narrower: of a nested format, the error at every width below its widest.
     """
 
     site: Site
@@ -70,6 +71,7 @@ class SiteRecord:
     error: float
     tokens: int | None
     file: str
+    narrower: tuple[float, ...] = ()
 
     def files(self, fmt: AnyFormat) -> list[str]:
         """Files that hold its parts; fmt: its format, or that cut at a width."""
@@ -81,7 +83,8 @@ class SiteRecord:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the site's fields are merged in."""
         record = asdict(self)
-        record["error"] = float(f"{self.error:.{DIGITS}g}")
+        errors = [float(f"{e:.{DIGITS}g}") for e in (*record.pop("narrower"), self.error)]
+        record["error"] = errors if self.narrower else errors[0]
         return {**record.pop("site"), **record}
 
     @classmethod
@@ -90,6 +93,9 @@ class SiteRecord:
         fields = dict(record)
         own = {k: fields.pop(k) for k in ("format", "nbytes", "error", "tokens", "file")}
         fields["shape"] = tuple(fields["shape"])
+        if isinstance(own["error"], list):
+            *narrower, own["error"] = own["error"]
+            own["narrower"] = tuple(narrower)
         fields["rows"] = tuple(fields["rows"]) if fields["rows"] else None
         return cls(site=Site(**fields), **own)
 

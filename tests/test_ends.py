@@ -85,7 +85,7 @@ def test_slices_join_to_one_weight_of_the_promised_bytes(name: str, method: str)
     rows = slice_rows(fmt, (333, 96), 0)
     assert rows == 333 if not cuttable(fmt) else rows < 333 or "b64" in name or "asym" in name
     options, h = Options(method), inputs(96)
-    tensors, error = end_tensors(w, h, fmt, options, rows)
+    tensors, (error,) = end_tensors(w, h, fmt, options, rows)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == fmt.nbytes((333, 96))
     miss = decode(tensors, fmt, (333, 96)) - w
     assert error == pytest.approx(float((miss @ h * miss).sum() / (w @ h * w).sum()), rel=1e-3)

@@ -19,6 +19,7 @@ from bitnest import api, safetensors_io
 from bitnest.artifact import Artifact, plane_file
 from bitnest.errors import ArtifactError, FormatError, RecipeError
 from bitnest.formats import NestedFormat, cut, parse_format, refinement, widths
+from bitnest.formats.names import nested_name, parse_widths
 from bitnest.kernels import nested
 from bitnest.kernels.decode import decode
 from bitnest.kernels.nested import choose, choose_reference, halve, join_planes, split_planes
@@ -458,3 +459,106 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     api.compress(tiny("qwen3_moe"), tmp_path / "out", **options)
     for file in artifact.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_errors_are_stated_for_every_width(artifact: Path) -> None:
+    for record in Artifact.open(artifact).packed():
+        errors = (*record.narrower, record.error)
+        if record.format.startswith("nest"):
+            assert len(errors) == 4 and sorted(errors, reverse=True) == list(errors)
+        else:
+            assert errors == (record.error,)
+
+
+def test_a_slice_is_the_artifact_at_that_width(artifact: Path, tmp_path: Path) -> None:
+    for bits in (2, 3, 5, 8):
+        sliced = api.slice_artifact(artifact, tmp_path / str(bits), bits)
+        own, whole = (bitnest.load(p, dtype=torch.float32) for p in (sliced.path, artifact))
+        if bits < 8:
+            whole.set_bits(bits)
+        assert torch.equal(logits(own), logits(whole))
+        sliced.verify()
+        size = sum(f.stat().st_size for f in sliced.path.iterdir())
+        beyond = [
+            f for f in artifact.iterdir() if any(f".w{w}." in f.name for w in (3, 4, 8) if w > bits)
+        ]
+        more = sum(f.stat().st_size for f in artifact.iterdir()) - size
+        assert more >= sum(f.stat().st_size for f in beyond) - 100  # the manifest says what it is
+        for record, cut_one in zip(Artifact.open(artifact).records, sliced.records, strict=True):
+            assert cut_one.site == record.site
+            assert cut_one.format == cut(parse_format(record.format), bits).name
+    again = api.slice_artifact(tmp_path / "5", tmp_path / "again", 3)
+    assert torch.equal(logits(bitnest.load(again.path)), logits(bitnest.load(tmp_path / "3")))
+
+
+def test_slices_that_cannot_be(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="begins at 2"):
+        api.slice_artifact(artifact, tmp_path / "a", 1)
+    with pytest.raises(ArtifactError, match="in the way"):
+        api.slice_artifact(artifact, artifact, 3)
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    name = plane_file(Artifact.open(copy).packed()[0].file, 3)
+    data = bytearray((copy / name).read_bytes())
+    data[-5] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match="checksum"):
+        api.slice_artifact(copy, tmp_path / "b", 3)
+    (copy / name).unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        api.slice_artifact(copy, tmp_path / "b", 4)
+    api.slice_artifact(copy, tmp_path / "c", 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "copy"]
+
+
+def test_sizes_are_known_beforehand(
+    artifact: Path, tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    for name in ("nest2348-g32@had16", "mwq248-g32", "any24-channel"):
+        done = api.compress(
+            tiny("qwen3_moe"), tmp_path / name, format=name, data=[str(text)], samples=2, length=32
+        )
+        assert done.forecast is not None
+        real = sum(f.stat().st_size for f in done.path.iterdir())
+        sites = len(Artifact.open(done.path).records)
+        assert real <= done.forecast["disk"] <= real + 16 * sites
+
+
+def test_a_row_for_every_width(artifact: Path, tiny: Builder, text: Path) -> None:
+    found = api.evaluate(
+        [artifact],
+        against=tiny("qwen3_moe"),
+        data=[str(text)],
+        bits=(2, 3, 8),
+        window=16,
+        windows=4,
+    )
+    assert [row.model for row in found.rows[1:]] == [f"out at {b} bits" for b in (2, 3, 8)]
+    sizes = [row.nbytes for row in found.rows[1:]]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    alone = api.evaluate(
+        [artifact], against=tiny("qwen3_moe"), data=[str(text)], bits=(3,), window=16, windows=4
+    )
+    assert alone.rows[1].scores == found.rows[2].scores
+    with pytest.raises(RecipeError, match="nested"):
+        api.evaluate([tiny("llama")], data=[str(text)], bits=(3,), window=16, windows=4)
+
+
+@pytest.mark.parametrize(
+    "text, found", [("2-8", ALL), ("4", (4,)), ("2,3,4,6,8", (2, 3, 4, 6, 8)), ("6,2-3", (2, 3, 6))]
+)
+def test_widths_on_the_command_line(text: str, found: tuple[int, ...]) -> None:
+    assert parse_widths(text) == found
+    assert widths(parse_format(nested_name(text))) == found
+
+
+@pytest.mark.parametrize("text", ["", "0-3", "2-9", "8-2", "a", "2;3", "2-"])
+def test_widths_that_are_none(text: str) -> None:
+    with pytest.raises(FormatError):
+        parse_widths(text)
+
+
+def test_nested_goes_with_nothing_else(tiny: Builder, tmp_path: Path) -> None:
+    for other in ({"bits": 4.0}, {"format": "int4-g128"}, {"size": 1000}):
+        with pytest.raises(RecipeError, match="every width"):
+            api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]

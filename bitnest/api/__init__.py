@@ -37,6 +37,7 @@ from bitnest.errors import ArtifactError, RecipeError
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
+from bitnest.slicing import slice_artifact
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CompressResult", "Group", "analyze", "check_plan", "compare_formats", "compare_policies",
     "compress", "constraint_cost", "evaluate", "export", "frontier", "inspect", "load",
-    "load_tokenizer", "merge_statistics", "plan", "preflight", "summarise", "write_report",
+    "load_tokenizer", "merge_statistics", "plan", "preflight", "slice_artifact", "summarise",
+    "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))

@@ -22,6 +22,7 @@ from bitnest.cli import (
     inspect,
     plan,
     serve,
+    slice,
     statistics,
 )
 from bitnest.cli.render import print_error
@@ -43,6 +44,7 @@ app.command("compress")(compress.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
+app.command("slice")(slice.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
 app.command("compare-formats")(compare_formats.command)

@@ -40,7 +40,14 @@ from bitnest.formats import (
     core_format,
 )
 from bitnest.kernels.experts import down_input, up_name
-from bitnest.quantize.solve import Options, Solution, needs_statistics, solve, weighted_error
+from bitnest.quantize.solve import (
+    Options,
+    Solution,
+    narrower_errors,
+    needs_statistics,
+    solve,
+    weighted_error,
+)
 from bitnest.sites import Site
 
 SLICE = 2048  # tokens sent through one expert at a time
@@ -54,6 +61,7 @@ class Solved:
 
     tensors: as the format lays them out. error: relative output error tr(dW H dW^T)/tr(W H W^T);
     for rtn |dW|^2/|W|^2. tokens: calibration tokens its H saw, None without calibration.
+    narrower: of a nested format, the error at every narrower width.
     """
 
     site: Site
@@ -61,6 +69,7 @@ class Solved:
     tensors: dict[str, torch.Tensor]
     error: float
     tokens: int | None
+    narrower: tuple[float, ...] = ()
 
 
 class BlockSolver:
@@ -220,8 +229,11 @@ class BlockSolver:
             site.view(self.parameter(site)).copy_(result.weight[b, rows])
             tensors = result.store(b, rows)
             base = float(energy[b, rows].double().sum())
-            error = float(result.error[b, rows].double().sum()) / base if base > 0 else 0.0
-            yield Solved(site, fmt, tensors, error, tokens)
+            *narrower, error = (
+                float(part[b, rows].double().sum()) / base if base > 0 else 0.0
+                for part in (*narrower_errors(result), result.error)
+            )
+            yield Solved(site, fmt, tensors, error, tokens, tuple(narrower))
 
     def _dense(self, site: Site, fmt: AnyFormat, tokens: int | None) -> Solved:
         return Solved(site, fmt, {}, 0.0, tokens)

@@ -284,9 +284,9 @@ class _Run:
             hessian = seen.mean() if seen is not None and fits else None
             rows = slice_rows(fmt, site.shape, self.budget.ends)
             matrix = self.skeleton.read(site.path)
-            tensors, error = end_tensors(matrix, hessian, fmt, self.options, rows)
+            tensors, (*narrower, error) = end_tensors(matrix, hessian, fmt, self.options, rows)
             tokens = None if seen is None or hessian is None else seen.tokens
-            yield Solved(site, fmt, tensors, error, tokens)
+            yield Solved(site, fmt, tensors, error, tokens, tuple(narrower))
 
     def _solve(self, layer: int, prefix: str) -> Iterator[Solved]:
         sites = self.job.block_sites(layer)
@@ -321,7 +321,9 @@ class _Run:
             _check_size(item, nbytes)
             file = self.writer.packed_name(layer) if parts else ""
             records.append(
-                SiteRecord(item.site, item.fmt.name, nbytes, item.error, item.tokens, file)
+                SiteRecord(
+                    item.site, item.fmt.name, nbytes, item.error, item.tokens, file, item.narrower
+                )
             )
             entries.extend(parts)
         self.writer.write_block(layer, records, entries)

@@ -41,7 +41,14 @@ from bitnest.formats import (
 from bitnest.formats.block import DQ_ROWS
 from bitnest.kernels.rows import row_decodable
 from bitnest.quantize.memory import FLOAT, WORKING_COPIES, Budget
-from bitnest.quantize.solve import Options, Solution, needs_statistics, solve, weighted_error
+from bitnest.quantize.solve import (
+    Options,
+    Solution,
+    narrower_errors,
+    needs_statistics,
+    solve,
+    weighted_error,
+)
 from bitnest.sites import Site
 
 WHOLE = frozenset({"channels", "order", "global"})  # parts that rows do not index
@@ -130,17 +137,21 @@ def end_tensors(
     fmt: PackedFormat,
     options: Options,
     rows: int,
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Stored tensors of an end, and its relative error; arguments as `solve_end`'s."""
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Stored tensors of an end, and its relative error, of a nested format at every width;
+    arguments as `solve_end`'s."""
     slices: list[dict[str, torch.Tensor]] = []
-    error = energy = 0.0
+    errors: list[float] = []
+    energy = 0.0
     for part in solve_end(matrix, hessian, fmt, options, rows):
         count = part.rows.stop - part.rows.start
         slices.append(part.solution.store(0, slice(0, count)))
-        error += float(part.solution.error.double().sum())
+        own = (*narrower_errors(part.solution), part.solution.error)
+        errors = errors or [0.0] * len(own)
+        errors = [a + float(b.double().sum()) for a, b in zip(errors, own, strict=True)]
         h = None if hessian is None else hessian[None]
         energy += float(weighted_error(part.weight[None], h).double().sum())
-    return joined(slices), error / energy if energy > 0 else 0.0
+    return joined(slices), [error / energy if energy > 0 else 0.0 for error in errors]
 
 
 def joined(slices: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

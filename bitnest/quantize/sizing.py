@@ -30,7 +30,7 @@ from bitnest.artifact import (
     shards,
 )
 from bitnest.errors import UnsupportedModel
-from bitnest.formats import AnyFormat, DenseFormat, refinement
+from bitnest.formats import AnyFormat, DenseFormat, refinement, widths
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
 from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
@@ -140,7 +140,10 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
                 own.append((f"{site.name}.{part}", dtype, spec.shape))
             file = name if parts else ""
             error = 0.0 if isinstance(fmt, DenseFormat) else LONGEST_ERROR
-            records.append(SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file))
+            narrower = (LONGEST_ERROR,) * (len(widths(fmt)) - 1)
+            records.append(
+                SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file, narrower)
+            )
         for file, own in tensors.items():
             own = own if file == name else joined_streams(own)
             size, data = _file_size(own)

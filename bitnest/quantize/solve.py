@@ -38,7 +38,7 @@ from bitnest.quantize.lowrank import (
     no_factors,
     norm_root,
 )
-from bitnest.quantize.nested.solution import solve_nested
+from bitnest.quantize.nested.solution import Nested, solve_nested
 from bitnest.quantize.transforms.channel_scales import search
 from bitnest.quantize.transforms.permutation import by_energy
 
@@ -142,6 +142,13 @@ def solve(
     tensors = [{key: value[b] for key, value in own.items()} for b in range(len(weight))]
     decoded = [undo_transform(m, fmt, t) for m, t in zip(base.weight, tensors, strict=True)]
     return Wrapped(base, torch.stack(decoded), base.error, tensors)
+
+
+def narrower_errors(solution: Solution) -> tuple[torch.Tensor, ...]:
+    """Errors of a nested solution at its narrower widths, each like `error`; none of others."""
+    while isinstance(solution, Wrapped):
+        solution = solution.base
+    return solution.narrower if isinstance(solution, Nested) else ()
 
 
 def needs_statistics(fmt: PackedFormat) -> bool:

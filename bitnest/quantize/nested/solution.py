@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bitnest.formats.nested import NestedFormat
+from bitnest.kernels.nested import decode_nested
 from bitnest.quantize.nested.clusters import Clusters, solve_clusters
 from bitnest.quantize.nested.matgpt import Uniform, solve_uniform
 from bitnest.quantize.nested.residual import Residuals, solve_residuals
@@ -18,12 +19,14 @@ Solved = Tree | Uniform | Residuals | Clusters
 
 @dataclass
 class Nested:
-    """B solved matrices. weight: decoded at the widest width, (B, O, I). error: per row, (B, O)."""
+    """B solved matrices. weight: decoded at the widest width, (B, O, I). error: per row, (B, O).
+    narrower: the same at the other widths, narrowest first."""
 
     solved: list[Solved]
     half: torch.dtype
     weight: torch.Tensor
     error: torch.Tensor
+    narrower: tuple[torch.Tensor, ...]
 
     def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
         """Stored tensors of some rows of matrix b; of all rows where they share a table."""
@@ -59,6 +62,15 @@ def solve_nested(
         else:
             solved.append(solve_clusters(w, h, fmt, half=half))
     decoded = torch.stack([item.weight for item in solved])
-    miss = weight - decoded
-    error = miss.square().sum(2) if hessian is None else ((miss @ hessian) * miss).sum(2)
-    return Nested(solved, half, decoded, error)
+    shape = (weight.shape[1], weight.shape[2])
+    stored = [item.store(half) for item in solved]
+
+    def error(weights: torch.Tensor) -> torch.Tensor:
+        miss = weight - weights
+        return miss.square().sum(2) if hessian is None else ((miss @ hessian) * miss).sum(2)
+
+    narrower = [
+        error(torch.stack([decode_nested(t, fmt.at(w), shape, torch.float32) for t in stored]))
+        for w in fmt.widths[:-1]
+    ]
+    return Nested(solved, half, decoded, error(decoded), tuple(narrower))
