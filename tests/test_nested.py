@@ -562,3 +562,16 @@ def test_nested_goes_with_nothing_else(tiny: Builder, tmp_path: Path) -> None:
     for other in ({"bits": 4.0}, {"format": "int4-g128"}, {"size": 1000}):
         with pytest.raises(RecipeError, match="every width"):
             api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]
+
+
+def test_the_width_that_is_served(artifact: Path, tiny: Builder) -> None:
+    from bitnest.cli.serve import _nested_width
+
+    nested, plain = str(artifact), str(tiny("llama"))
+    assert _nested_width(nested, {"bits": 3.0}, "bitnest") == 3
+    assert _nested_width(nested, {"bits": None}, "bitnest") is None
+    assert _nested_width(plain, {"bits": 3.0}, "bitnest") is None  # compressed to it first
+    with pytest.raises(RecipeError, match="whole number"):
+        _nested_width(nested, {"bits": 2.5}, "bitnest")
+    with pytest.raises(RecipeError, match="no planes"):
+        _nested_width(nested, {"bits": 3.0}, "vllm")
