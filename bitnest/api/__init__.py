@@ -34,10 +34,10 @@ from bitnest.api.texts import (
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
+from bitnest.export.slicing import slice_artifact
 from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
-from bitnest.slicing import slice_artifact
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
