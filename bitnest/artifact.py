@@ -190,9 +190,15 @@ class Artifact:
         """Read every file and compare its sha256 with the manifest.
 
         Raises:
-            ArtifactError: a file was changed.
+            ArtifactError: a file was changed, or is not there.
         """
         for name, entry in self.manifest["files"].items():
+            if name in self.absent:
+                raise ArtifactError(
+                    self.absent[name],
+                    where=str(self.path),
+                    hint=f"copy it again; below {plane_width(name)} bits it is not needed",
+                )
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise ArtifactError(
                     f"'{name}' does not match its checksum",
@@ -398,12 +404,11 @@ def split_streams(
         for part, spec in fmt.parts(record.site.shape).items():
             if refinement(fmt, part) != width:
                 continue
-            stream = infos["planes" if spec.dtype == "I32" else "tables"]
-            start = place["planes" if spec.dtype == "I32" else "tables"]
-            stop = start + spec.nbytes
-            place["planes" if spec.dtype == "I32" else "tables"] = stop
+            name = "planes" if spec.dtype == "I32" else "tables"
+            start = place[name]
+            place[name] = stop = start + spec.nbytes
             found[f"{record.site.name}.{part}"] = TensorInfo(
-                stream.file, stream.dtype, spec.shape, start, stop
+                infos[name].file, infos[name].dtype, spec.shape, start, stop
             )
     for name, info in infos.items():
         if place[name] != info.stop:

@@ -427,6 +427,8 @@ def test_a_missing_plane_spoils_only_its_width(artifact: Path, tmp_path: Path) -
         with pytest.raises(ArtifactError, match=name):
             model.set_bits(8)
         assert torch.equal(logits(model), before)
+        with pytest.raises(ArtifactError, match=name):
+            Artifact.open(copy).verify()
 
 
 def test_bits_of_what_is_not_nested_are_refused(tiny: Builder, text: Path, tmp_path: Path) -> None:
@@ -540,6 +542,10 @@ def test_a_row_for_every_width(artifact: Path, tiny: Builder, text: Path) -> Non
         [artifact], against=tiny("qwen3_moe"), data=[str(text)], bits=(3,), window=16, windows=4
     )
     assert alone.rows[1].scores == found.rows[2].scores
+    several = api.evaluate([artifact], data=[str(text)], bits=(4, 5, 6), window=16, windows=4)
+    assert [row.model for row in several.rows] == ["out at 4 bits"]  # it has no 5 and 6
+    with pytest.raises(RecipeError, match="no width 5, 6"):
+        api.evaluate([artifact], data=[str(text)], bits=(5, 6), window=16, windows=4)
     with pytest.raises(RecipeError, match="nested"):
         api.evaluate([tiny("llama")], data=[str(text)], bits=(3,), window=16, windows=4)
 

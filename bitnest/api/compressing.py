@@ -208,8 +208,6 @@ def compress(
 
 def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
     """Where statistics are looked for, if those that the plan was made of are there."""
-    from bitnest.statistics import Statistics
-
     place = default_statistics(model)
     if plan.source is None or not is_statistics(place):
         return None

@@ -26,7 +26,9 @@ def command(
         "expert is picked instead. May be repeated. One model alone is its own base.",
     ),
     bits: str = typer.Option(
-        None, "--bits", help="Widths to read nested artifacts at, a row each: 2-8 or 2,3,4."
+        None,
+        "--bits",
+        help="Widths to read nested artifacts at, a row for each they have: 2-8 or 2,3,4.",
     ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),

@@ -101,10 +101,10 @@ def _nested_width(model: str, options: dict[str, Any], engine: str) -> int | Non
     from bitnest.artifact import Artifact, is_artifact
     from bitnest.checkpoint import resolve_model
     from bitnest.errors import RecipeError
-    from bitnest.packed.widths import is_nested
+    from bitnest.packed.widths import nested_widths
 
     source, bits = resolve_model(model), options["bits"]
-    if bits is None or not is_artifact(source) or not is_nested(Artifact.open(source)):
+    if bits is None or not is_artifact(source) or not nested_widths(Artifact.open(source)):
         return None
     if engine != "bitnest":
         raise RecipeError(

@@ -43,7 +43,7 @@ from bitnest.eval.size import count_parameters, weight_bytes
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.packed.loading import load_model, load_tokenizer
 from bitnest.packed.modules import hold_decoded
-from bitnest.packed.widths import is_nested, set_bits
+from bitnest.packed.widths import nested_widths, set_bits
 
 if TYPE_CHECKING:
     from bitnest.progress import Progress
@@ -75,10 +75,10 @@ def evaluate(
     `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured with these
     experts switched off (`eval.without` says what that means). One model alone is then the base of
     its own rows; several without `against` have perplexity only. bits: widths at which
-    nested artifacts are read, a row each; others have one row. window, windows: tokens in a window,
-    windows per text. batch_size: windows per forward pass (packed models decode their weights once
-    per pass). dtype: compute type. device: None means CUDA where there is one, as when compressing.
-    The base is the first row.
+    nested artifacts are read, a row for each that they have; others have one row. window, windows:
+    tokens in a window, windows per text. batch_size: windows per forward pass (packed models decode
+    their weights once per pass). dtype: compute type. device: None means CUDA where there is one,
+    as when compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -104,12 +104,7 @@ def evaluate(
     ]
     if against is not None:
         switches.insert(0, ())
-    nested = [bool(bits) and is_artifact(path) and is_nested(Artifact.open(path)) for path in paths]
-    if bits and not any(nested):
-        raise RecipeError(
-            "none of these models is nested: each has one width",
-            hint="leave out --bits, or compress with --nested 2-8",
-        )
+    chosen = _widths(paths, bits)
     tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)
@@ -121,7 +116,7 @@ def evaluate(
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
-        widths = tuple(bits) if nested[number] else (None,)
+        widths = chosen[number] or (None,)
         model = load_model(
             path, dtype=dtype, device=device, bits=widths[0], trust_remote_code=trust_remote_code
         )
@@ -161,6 +156,30 @@ def evaluate(
         del model
         gc.collect()
     return EvalReport(names[0] if based else None, dtype, texts, tuple(rows))
+
+
+def _widths(paths: Sequence[Path], bits: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of every model those of `bits` that it can be read at; none of models that are not nested.
+
+    Raises:
+        RecipeError: no model is nested, or a nested one has none of these widths.
+    """
+    if not bits:
+        return [() for _ in paths]
+    own = [nested_widths(Artifact.open(path)) if is_artifact(path) else () for path in paths]
+    if not any(own):
+        raise RecipeError(
+            "none of these models is nested: each has one width",
+            hint="leave out --bits, or compress with --nested 2-8",
+        )
+    for path, widths in zip(paths, own, strict=True):
+        if widths and not set(widths) & set(bits):
+            raise RecipeError(
+                f"no width {', '.join(map(str, bits))} in this artifact",
+                where=str(path),
+                hint="it has " + ", ".join(map(str, widths)),
+            )
+    return [tuple(w for w in bits if w in widths) for widths in own]
 
 
 def _measure(

@@ -39,9 +39,10 @@ def wanted_widths() -> Widths | None:
     return _wanted.get()
 
 
-def is_nested(artifact: Artifact) -> bool:
-    """Whether anything in it can be read at several widths."""
-    return any(widths(parse_format(record.format)) for record in artifact.packed())
+def nested_widths(artifact: Artifact) -> tuple[int, ...]:
+    """At which any of its sites can be read, ascending; none if nothing is nested."""
+    found = {w for record in artifact.packed() for w in widths(parse_format(record.format))}
+    return tuple(sorted(found))
 
 
 def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyFormat]:
