@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bitnest.api import compress as compress
     from bitnest.api import evaluate as evaluate
     from bitnest.api import export as export
+    from bitnest.api import fit_widths as fit_widths
     from bitnest.api import inspect as inspect
     from bitnest.api import load as load
     from bitnest.api import load_tokenizer as load_tokenizer
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitnestError", "compare_formats", "compress", "evaluate", "export", "inspect", "load",
-    "load_tokenizer",
+    "BitnestError", "compare_formats", "compress", "evaluate", "export", "fit_widths", "inspect",
+    "load", "load_tokenizer",
 ]  # fmt: skip
 
 _registration.install()

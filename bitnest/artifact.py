@@ -47,7 +47,8 @@ FORMAT_VERSION = 2
 MANIFEST = "bitnest.json"
 SHARD_BYTES = 1 << 30
 DIGITS = 6  # of a site's error in the manifest
-OWN = ("expert", "format", "nbytes", "error", "tokens")  # what sites of one group do not share
+# what sites of one group do not share; the last may be left out
+OWN = ("expert", "format", "nbytes", "error", "tokens", "sensitivity")
 COPIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*",
     "generation_config.json", "*.model", "LICENSE*",
@@ -62,7 +63,9 @@ class SiteRecord:
     nbytes: bytes of its tensors. error: relative output error on the calibration text (relative
     weight error for rtn). tokens: calibration tokens it saw, None without calibration. file: the
     packed file that holds it; empty when it stays among the dense tensors, or is zero and has none.
-    narrower: of a nested format, the error at every width below its widest.
+    narrower: of a nested format, the error at every width below its widest. sensitivity: nats of
+    KL that a unit of error is predicted to cost, by text (manifest key `sensitivity`); in nested
+    artifacts made with statistics, else empty.
     """
 
     site: Site
@@ -72,6 +75,12 @@ class SiteRecord:
     tokens: int | None
     file: str
     narrower: tuple[float, ...] = ()
+    sensitivity: tuple[float, ...] = ()
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """At every width of a nested format, narrowest first; of others the one there is."""
+        return (*self.narrower, self.error)
 
     def files(self, fmt: AnyFormat) -> list[str]:
         """Files that hold its parts; fmt: its format, or that cut at a width."""
@@ -83,8 +92,10 @@ class SiteRecord:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the site's fields are merged in."""
         record = asdict(self)
-        errors = [float(f"{e:.{DIGITS}g}") for e in (*record.pop("narrower"), self.error)]
+        del record["narrower"]
+        errors = [rounded(e) for e in self.errors]
         record["error"] = errors if self.narrower else errors[0]
+        record["sensitivity"] = [rounded(s) for s in self.sensitivity]
         return {**record.pop("site"), **record}
 
     @classmethod
@@ -92,6 +103,7 @@ class SiteRecord:
         """The inverse of `to_json`."""
         fields = dict(record)
         own = {k: fields.pop(k) for k in ("format", "nbytes", "error", "tokens", "file")}
+        own["sensitivity"] = tuple(fields.pop("sensitivity", ()))
         fields["shape"] = tuple(fields["shape"])
         if isinstance(own["error"], list):
             *narrower, own["error"] = own["error"]
@@ -207,6 +219,11 @@ class Artifact:
                 )
 
 
+def rounded(value: float) -> float:
+    """A figure as the manifest has it."""
+    return float(f"{value:.{DIGITS}g}")
+
+
 def is_artifact(path: Path) -> bool:
     """Whether the directory claims to be a bitnest artifact."""
     return (path / MANIFEST).is_file()
@@ -278,7 +295,7 @@ def fold(sites: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     experts have their number replaced by `{expert}`."""
     groups: dict[str, dict[str, Any]] = {}
     for site in sites:
-        own = [site[key] for key in OWN]
+        own = [site[key] for key in OWN if key != OWN[-1] or site.get(key)]
         shared = {key: value for key, value in site.items() if key not in OWN}
         parts = shared["name"].rsplit(f".{site['expert']}.", 1)
         if len(parts) == 2:
@@ -292,7 +309,7 @@ def unfold(groups: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for group in groups:
         shared = {key: value for key, value in group.items() if key != "sites"}
         for row in group["sites"]:
-            own = dict(zip(OWN, row, strict=True))
+            own = dict(zip(OWN, [*row, []] if len(row) < len(OWN) else row, strict=True))
             name = shared["name"].replace("{expert}", str(own["expert"]))
             yield {**shared, "name": name, **own}
 

@@ -5,6 +5,7 @@
     policy: bitnest
     candidates: [int2-g128, ...]   formats to choose among
     ends: true                     plan embedding and head
+    nested: 2-8                    widths to read weights at; base_size: 6GiB at their narrowest
     format: int4-g128              one format instead of a budget
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
@@ -100,6 +101,14 @@ def _format(value: Any) -> str:
     return str(value)
 
 
+def _widths(value: Any) -> str:
+    from bitnest.formats.names import parse_widths
+
+    text = str(value)  # YAML reads one width as a number
+    parse_widths(text)
+    return text
+
+
 def _fits(name: str, parse: Parse) -> Parse:
     """A value that a `Recipe` takes."""
 
@@ -151,13 +160,14 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "target": ("target", _one_of(TARGETS)), "policy": ("policy", _one_of(POLICIES)),
     "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
     "format": ("format", _format), "check": ("check", _word),
+    "nested": ("nested", _widths), "base_size": ("base_size", _size),
 }  # fmt: skip
 LISTS = {"candidates", "check", "data.texts"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
 LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to
 FIXED = {"format", "group", "plan"}  # nothing is planned beside one of these
-PLANNING = {"target", "policy", "candidates", "ends", "exact"}
+PLANNING = {"target", "policy", "candidates", "ends", "exact", "nested", "base_size"}
 
 
 def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
@@ -181,6 +191,8 @@ def left_behind(given: Collection[str]) -> set[str]:
     """What a recipe says in vain once the options `given` win over it: its dial beside another, the
     cache without a size, the text of a limit without one, planning where nothing is planned."""
     dials = DIALS & set(given)
+    if "nested" in given:
+        return {"format", "plan", "candidates", "target"} | (set(DIALS) if dials else set())
     if not dials:
         return set()
     gone = set(DIALS)

@@ -564,20 +564,35 @@ def test_widths_that_are_none(text: str) -> None:
         parse_widths(text)
 
 
-def test_nested_goes_with_nothing_else(tiny: Builder, tmp_path: Path) -> None:
-    for other in ({"bits": 4.0}, {"format": "int4-g128"}, {"size": 1000}):
+def test_nested_goes_with_no_other_format(tiny: Builder, tmp_path: Path) -> None:
+    for other in ({"format": "int4-g128"}, {"plan": "p.yaml"}):
         with pytest.raises(RecipeError, match="every width"):
             api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]
+    for other in ({"candidates": ["int4-g128"]}, {"target": "vllm-cuda"}):
+        with pytest.raises(RecipeError, match="formats|reads no nested"):
+            api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="nested weights"):
+        api.compress(tiny("llama"), tmp_path / "a", base_size=10_000)
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_width_that_is_served(artifact: Path, tiny: Builder) -> None:
-    from bitnest.cli.serve import _nested_width
+    from bitnest.cli.serve import _widths
+    from bitnest.quantize.allocation.fitting import Fitted
+
+    def asked(bits: float | None = None, size: int | None = None) -> dict[str, Any]:
+        return {"bits": bits, "size": size}
 
     nested, plain = str(artifact), str(tiny("llama"))
-    assert _nested_width(nested, {"bits": 3.0}, "bitnest") == 3
-    assert _nested_width(nested, {"bits": None}, "bitnest") is None
-    assert _nested_width(plain, {"bits": 3.0}, "bitnest") is None  # compressed to it first
+    assert _widths(nested, asked(3.0), "bitnest") == 3
+    assert _widths(nested, asked(), "bitnest") is None
+    assert isinstance(_widths(nested, asked(size=1 << 30), "bitnest"), Fitted)
+    assert _widths(plain, asked(3.0), "bitnest") is None  # compressed to it first
     with pytest.raises(RecipeError, match="whole number"):
-        _nested_width(nested, {"bits": 2.5}, "bitnest")
+        _widths(nested, asked(2.5), "bitnest")
     with pytest.raises(RecipeError, match="no planes"):
-        _nested_width(nested, {"bits": 3.0}, "vllm")
+        _widths(nested, asked(3.0), "vllm")
+    with pytest.raises(RecipeError, match="both"):
+        _widths(nested, asked(3.0, 1 << 30), "bitnest")
+    with pytest.raises(RecipeError, match="narrowest widths"):
+        _widths(nested, asked(size=10), "bitnest")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.api.compressing import compress
+from bitnest.api.loading import fit_widths, load
 from bitnest.api.planning import (
     check_plan,
     compare_policies,
@@ -35,7 +36,6 @@ from bitnest.artifact import Artifact, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.export.slicing import slice_artifact
-from bitnest.packed.loading import load_model as load
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
 from bitnest.statistics import is_statistics
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressResult", "Group", "analyze", "check_plan", "compare_formats", "compare_policies",
-    "compress", "constraint_cost", "evaluate", "export", "frontier", "inspect", "load",
-    "load_tokenizer", "merge_statistics", "plan", "preflight", "slice_artifact", "summarise",
-    "write_report",
+    "compress", "constraint_cost", "evaluate", "export", "fit_widths", "frontier", "inspect",
+    "load", "load_tokenizer", "merge_statistics", "plan", "preflight", "slice_artifact",
+    "summarise", "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))

@@ -21,6 +21,8 @@ from bitnest.api.planning import (
     check_policy,
     check_target,
     default_statistics,
+    ensure_statistics,
+    open_nesting,
     open_planner,
 )
 from bitnest.api.result import CompressResult, summarise
@@ -28,7 +30,6 @@ from bitnest.api.texts import calibration_set, check_length, check_vocabulary, s
 from bitnest.artifact import is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError, StatisticsError
-from bitnest.formats.names import nested_name
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
 from bitnest.recipe import (
@@ -66,6 +67,7 @@ def compress(
     format: str | None = None,
     group: int | None = None,
     nested: str | None = None,
+    base_size: int | None = None,
     plan: str | Path | Plan | None = None,
     policy: str = "bitnest",
     target: str = "native",
@@ -95,11 +97,13 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
 
     bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
-    group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`.
-    plan: a plan to carry out instead. policy, target, candidates, ends, exact: see `plan`. check:
-    texts that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no
-    plan overrules them. data: calibration texts, `label=source`; none means those of the
-    statistics, or the embedded text. rtn reads no text unless a format is fitted to inputs.
+    group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`;
+    with a budget every weight ends at the width that this pays for, and with base_size, the bytes
+    that all weights may take when memory is least, begins at the one that this does. plan: a plan
+    to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts that
+    max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
+    overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
+    the embedded text. rtn reads no text unless a format is fitted to inputs.
     samples, length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed:
     see `Recipe`. memory: bytes the process may use. compute: type samples are calibrated in, see
     `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model; a budget
@@ -117,8 +121,15 @@ def compress(
 
     check_policy(policy)
     dials = Dials(bits, size, max_kl, min_agreement, context)
-    if nested is not None:
-        format, group = _nested(dials, format, group, plan, nested), None
+    nesting = None
+    if nested is not None and (format is not None or plan is not None):
+        raise RecipeError("--nested already says every width",
+                          hint="leave out --format and --plan")  # fmt: skip
+    if nested is not None or base_size is not None:
+        nesting = open_nesting(nested, group, base_size, target, candidates)
+        group = None
+        if not dials.given and base_size is None and nesting is not None:
+            format = nesting.uniform  # for all, and statistics for whoever loads it
     _check_ways(dials, format, group, plan)
     extras = {
         "--target": target != "native", "--candidate": bool(candidates), "--exact": exact,
@@ -142,6 +153,12 @@ def compress(
         Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
+    measuring: dict[str, Any] = {
+        "data": data, "samples": samples, "length": length, "method": method,
+        "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,
+        "memory": memory, "device": device, "compute": compute,
+        "trust_remote_code": trust_remote_code, "progress": progress,
+    }  # fmt: skip
     given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     before: list[Preflight] = []
 
@@ -157,6 +174,12 @@ def compress(
     if uniform is not None or plan is not None:
         if plan is None:
             job = replace(job, asked=resolved(recipe, **given))
+            if nesting is not None and method != "rtn":
+                check_out(maker.out, place)
+                ensure_statistics(
+                    model, statistics, formats=nesting.measured, **measuring
+                )  # fmt: skip
+                statistics = place
             done = maker.carry_out(job, statistics, ready=ready)
         else:
             opened = _opened(plan)
@@ -173,21 +196,21 @@ def compress(
     if dials.measured:
         check_texts(check)
     if not dials.given:
-        dials = Dials(bits=float(DEFAULT_BITS), context=context)
+        widest = DEFAULT_BITS if nesting is None else nesting.widths[-1]
+        dials = Dials(bits=float(widest), context=context)
     planning = {
         "target": target, "policy": policy, "candidates": list(candidates),
         "ends": dials.bits is None if ends is None else ends, "exact": exact,
+        **({} if nesting is None else nesting.to_json()),
     }  # fmt: skip
     asked = resolved(recipe, {"budget": dials.to_json()}, planning=planning, **given)
     job = replace(job, asked=asked)
     planner = open_planner(
         model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
-        data=data, samples=samples, length=length, method=method, weighting=weighting, damp=damp,
-        min_tokens=min_tokens, clip=clip, seed=seed, memory=memory, device=device, compute=compute,
-        trust_remote_code=trust_remote_code, progress=progress, budget=dials.budget(),
-        checked=True,
+        budget=dials.budget(), checked=True, nesting=nesting, **measuring,
     )  # fmt: skip
-    job = replace(job, asked={**asked, "candidates": list(planner.formats)})
+    if nesting is None:
+        job = replace(job, asked={**asked, "candidates": list(planner.formats)})
     planner.job = job
     found = first_plan(planner, dials, policy)
     forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
@@ -266,20 +289,6 @@ def check_texts(texts: Sequence[str]) -> None:
 
     for text in texts:
         next(iter(load_texts(parse_source(text).source)), None)
-
-
-def _nested(dials: Dials, fmt: str | None, group: int | None, plan: object, nested: str) -> str:
-    """The format of `nested`.
-
-    Raises:
-        RecipeError: beside a dial, a format or a plan. FormatError: no widths.
-    """
-    if dials.given or fmt is not None or plan is not None:
-        raise RecipeError(
-            "--nested already says every width",
-            hint="leave out --bits, --size, --max-kl, --format and --plan",
-        )
-    return nested_name(nested, group)
 
 
 def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:

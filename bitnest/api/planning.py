@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.budget import Budget
     from bitnest.quantize.allocation.frontier import Frontier
+    from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
@@ -113,6 +114,9 @@ def plan(
     weights: Mapping[str, float] | None = None,
     latency: Mapping[str, float] | None = None,
     exact: bool = False,
+    nested: str | None = None,
+    group: int | None = None,
+    base_size: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     **analysis: Any,
@@ -124,21 +128,54 @@ def plan(
     engine that is to load the result. policy: `bitnest` or one it is compared with. rules:
     PATTERN=FORMAT that no plan overrules. candidates: formats to choose among, of those measured.
     ends: plan embedding and head too; None: with a size or KL. weights: of the texts. latency:
-    seconds per weight by format, for policy mxmoe. exact: prove the optimum.
+    seconds per weight by format, for policy mxmoe. exact: prove the optimum. nested: widths, `2-8`,
+    that weights can be read at; each gets its narrowest by base_size, the bytes all weights may
+    take when memory is least, and its widest by the budget. group: of nested weights.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
     """
     check_policy(policy)
+    nesting = open_nesting(nested, group, base_size, target, candidates)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     if not dials.given:
-        dials = Dials(bits=4.0, context=context)
+        dials = Dials(bits=float(nesting.widths[-1]) if nesting else 4.0, context=context)
     planner = open_planner(
         model, statistics, target=target, rules=rules, candidates=candidates, ends=ends,
         weights=weights, latency=latency, exact=exact, trust_remote_code=trust_remote_code,
-        progress=progress, budget=dials.budget(), **analysis,
+        progress=progress, budget=dials.budget(), nesting=nesting, **analysis,
     )  # fmt: skip
     return planner.plan(dials.budget(), policy)
+
+
+def open_nesting(
+    nested: str | None,
+    group: int | None,
+    base_size: int | None,
+    target: str,
+    candidates: Sequence[str],
+) -> Nesting | None:
+    """What `nested`, `group` and `base_size` ask for together; None: nothing.
+
+    Raises:
+        RecipeError, FormatError: no widths, a base size without them, formats besides, an engine
+            that reads no planes.
+    """
+    from bitnest.quantize.allocation.nesting import Nesting
+
+    if nested is None:
+        if base_size is not None:
+            raise RecipeError("--base-size is for nested weights", hint="--nested 2-8")
+        return None
+    if candidates:
+        raise RecipeError("--nested already says the formats", hint="leave out --candidate")
+    if target != "native":
+        raise RecipeError(
+            f"{target} reads no nested weights",
+            hint="leave out --target; bitnest export ARTIFACT --bits 4 makes of the artifact what "
+            "it reads",
+        )
+    return Nesting.parse(nested, group, base_size)
 
 
 def check_policy(policy: str) -> None:
@@ -169,11 +206,13 @@ def open_planner(
     job: Job | None = None,
     budget: Budget | None = None,
     checked: bool = False,
+    nesting: Nesting | None = None,
     **analysis: Any,
 ) -> Planner:
     """A planner over the statistics of `model`; see `plan`. job: of the model, if there is one.
     budget: refused before anything is measured if it cannot be met. checked: read the weights, and
-    refuse statistics of others; without it names and shapes are compared.
+    refuse statistics of others; without it names and shapes are compared. nesting: formats are what
+    it says.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -200,11 +239,13 @@ def open_planner(
         measured.check_formats(asked, anew if statistics is None else "")
     if budget is not None:
         known = _names(candidates) or (measured.formats if measured else wanted or goal.formats)
+        known = known if nesting is None else nesting.formats
         check_budget(job, goal, known, budget, ends)
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )
     ruled = [rule.format for rule in job.recipe.rules if rule.format != "dense"]
+    wanted = wanted if nesting is None else nesting.measured
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     found = ensure_statistics(
         model, statistics, formats=named, progress=progress,
@@ -212,7 +253,7 @@ def open_planner(
     )  # fmt: skip
     return Planner(
         job, Predictor(found), goal, formats=_names(candidates), ends=ends,
-        weights=weights, latency=latency, exact=exact,
+        weights=weights, latency=latency, exact=exact, nesting=nesting,
     )  # fmt: skip
 
 
@@ -309,6 +350,7 @@ def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
         BitnestError: it does not fit the model, the statistics or its target.
     """
     planner = open_planner(model, target=plan.target, **options)
+    planner.add_nested(plan)
     source = planner.predictor.statistics.header["source"]["sha256"]
     if plan.source not in {"", source}:
         raise PlanError(
@@ -357,14 +399,17 @@ def check_target(job: Job, plan: Plan) -> None:
 def check_measured(
     plan: Plan, sites: Sequence[Site], chosen: Mapping[str, AnyFormat], measured: Sequence[str]
 ) -> None:
-    """Refuse a plan with formats that the statistics do not know.
+    """Refuse a plan with formats that the statistics do not know; for nested ones others stand in
+    (`Predictor.column`).
 
     Raises:
         PlanError: the first site that has one, with the line of its rule.
     """
+    from bitnest.calibrate.predict import widths_of
+
     for site in sites:
         name = chosen[site.name].name
-        if name not in {"dense", *measured}:
+        if name not in {"dense", *measured} and not widths_of(name):
             raise PlanError(
                 f"format '{name}' of {site.name} was not measured",
                 where=plan.place(site, name),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.artifact import Artifact, SiteRecord
-from bitnest.formats import parse_format
+from bitnest.formats import parse_format, widths
+from bitnest.formats.names import brief_name
 from bitnest.kinds import ENDS
 
 
@@ -66,17 +67,20 @@ class CompressResult:
 
 
 def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
-    """Sites and bytes of an artifact, counted by kind and format; nothing is left out."""
+    """Sites and bytes of an artifact, counted by kind and format; nothing is left out. Several
+    nested formats count by their widest width."""
     sums: dict[tuple[str, str], list[SiteRecord]] = {}
+    nested = {f for f in {r.format for r in artifact.records} if widths(parse_format(f))}
     for record in artifact.records:
         if record.format == "dense" and record.site.kind in ENDS:
             continue  # part of "everything else", as they were before anybody packed them
-        sums.setdefault((record.site.kind, record.format), []).append(record)
+        name = brief_name(record.format) if len(nested) > 1 else record.format
+        sums.setdefault((record.site.kind, name), []).append(record)
     groups = tuple(_group(*key, records) for key, records in sorted(sums.items()))
     files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}
     packed = [r for r in artifact.packed() if r.format != "dense"]
     weights = sum(r.site.numel for r in packed) or 1
-    widths = sum(r.site.numel * parse_format(r.format).bits for r in packed)
+    code_bits = sum(r.site.numel * parse_format(r.format).bits for r in packed)
     minimum = artifact.manifest["recipe"]["min_tokens"]
     experts = {(r.site.layer, r.site.expert) for r in packed if r.site.expert is not None}
     starved = {
@@ -93,7 +97,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         dense_bytes=nbytes - sum(r.nbytes for r in artifact.packed()),
         nbytes=nbytes,
         source_bytes=artifact.manifest["source"]["bytes"],
-        bits=widths / weights,
+        bits=code_bits / weights,
         bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
         starved=len(starved),
         experts=len(experts),

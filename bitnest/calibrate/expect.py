@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.calibrate.predict import Predictor
+from bitnest.calibrate.slopes import Sensitivity, sensitivity
 from bitnest.calibrate.sources import DataSource
 from bitnest.errors import StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.formats import AnyFormat, DenseFormat, widths
 from bitnest.statistics import Statistics
 from bitnest.statistics.header import HEADER
 from bitnest.workdir import sha256_file
@@ -33,7 +34,8 @@ class Expected:
     """KL(original || compressed), nats per token. kl: per label of the statistics. mean: over
     labels; low, high: one standard error of its logarithm less and more, None if no probe was
     measured. source: sha256 of the model the statistics are of. statistics: sha256 of their
-    header. windows: hashes of the windows they are of."""
+    header. windows: hashes of the windows they are of. sensitivity: what other widths of a nested
+    format will cost; None where nothing is nested."""
 
     kl: dict[str, float]
     mean: float
@@ -42,10 +44,12 @@ class Expected:
     source: str
     statistics: str
     windows: frozenset[str]
+    sensitivity: Sensitivity | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        kept = {k: v for k, v in vars(self).items() if k not in {"source", "windows"}}
+        own = {"source", "windows", "sensitivity"}
+        kept = {k: v for k, v in vars(self).items() if k not in own}
         for key in ("mean", "low", "high"):
             kept[key] = None if kept[key] is None else float(f"{kept[key]:.{DIGITS}g}")
         return {**kept, "kl": {k: float(f"{v:.{DIGITS}g}") for k, v in self.kl.items()}}
@@ -83,6 +87,7 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
     found = predictor.predict(plan)
     low, high = found.interval
     known = predictor.fit.probes > 0
+    nested = any(widths(fmt) for fmt in formats.values())
     return Expected(
         kl=found.kl,
         mean=found.mean,
@@ -91,6 +96,7 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
         source=statistics.header["source"]["sha256"],
         statistics=sha256_file(statistics.path / HEADER),
         windows=frozenset(item["sha256"] for item in statistics.header["samples"]),
+        sensitivity=sensitivity(predictor) if nested else None,
     )
 
 

@@ -153,6 +153,7 @@ class Predictor:
         self._kind = np.array([self.kinds.index(site.kind) for site in self.sites])
         self._bits = candidate_bits(statistics)
         self.losses = site_losses(statistics)
+        self._columns = {name: f for f, name in enumerate(self.formats)}
 
     def predict(self, plan: Mapping[str, str]) -> Prediction:
         """KL of the plan: site name -> format name; sites left out stay as they are.
@@ -160,9 +161,7 @@ class Predictor:
         Raises:
             StatisticsError: a site or a format that was not measured.
         """
-        self.statistics.check_formats(
-            list(dict.fromkeys(plan.values())), "; or leave out --statistics"
-        )
+        self.check_formats(list(dict.fromkeys(plan.values())), "; or leave out --statistics")
         choice = np.full(len(self.sites), -1)
         for name, fmt in plan.items():
             if name not in self._number:
@@ -171,7 +170,7 @@ class Predictor:
                     where=str(self.statistics.path),
                     hint=f"bitnest inspect {self.statistics.path}; bitnest analyze this model",
                 )
-            choice[self._number[name]] = self.formats.index(fmt)
+            choice[self._number[name]] = self.column(fmt)
         sums = self.sums(choice)
         kl = self.fit.kl(sums)
         covered = [d for d, label in enumerate(self.labels) if self.known[d]]
@@ -180,6 +179,47 @@ class Predictor:
             {self.labels[d]: float(sums[d].sum()) for d in covered},
             self.fit.error,
         )
+
+    def column(self, name: str) -> int:
+        """Number of a format. A nested one that was not measured counts as the integers of its
+        widest width: codes that serve all widths lose about as much as those made for one
+        (docs/performance.md).
+
+        Raises:
+            StatisticsError: neither it nor such integers were measured.
+        """
+        found = self._columns.get(name)
+        if found is None:
+            found = self._columns[name] = self._stand_in(name)
+        return found
+
+    def check_formats(self, names: Sequence[str], otherwise: str = "") -> None:
+        """Refuse formats without a column; see `Statistics.check_formats`.
+
+        Raises:
+            StatisticsError: there is one.
+        """
+        nested = [name for name in names if name not in self.formats and widths_of(name)]
+        for name in nested:
+            self.column(name)
+        self.statistics.check_formats([n for n in names if n not in nested], otherwise)
+
+    def _stand_in(self, name: str) -> int:
+        widths = widths_of(name)
+        alike = [
+            f for f, other in enumerate(self.formats)
+            if widths and plain_width(other) == widths[-1]
+        ]  # fmt: skip
+        if not alike:
+            statistics = self.statistics
+            wanted = [f"int{widths[-1]}-g128"] if widths else [name]
+            raise StatisticsError(
+                f"format '{name}' was not measured"
+                + (f", nor integers of {widths[-1]} bits" if widths else ""),
+                where=str(statistics.path),
+                hint=statistics.measuring([*self.formats, *wanted]),
+            )
+        return alike[0]
 
     def sums(self, choice: np.ndarray) -> np.ndarray:
         """Losses per label and kind, grown with each other, (L, K), of format numbers per site,
@@ -345,9 +385,16 @@ def drawn(statistics: Statistics, losses: np.ndarray, share: float = DRAWN) -> n
 def output_errors(statistics: Statistics) -> np.ndarray:
     """Output error per token of every site in every format, share * tr(dW H dW^T), (S, F)."""
     layers = [layer for layer in statistics.layers if layer["sites"]]
-    error = torch.cat([statistics.read(i["layer"], "sites.error") for i in layers]).double()
     output = torch.cat([statistics.read(i["layer"], "sites.output") for i in layers]).double()
-    return np.asarray((error * output[:, None]).numpy() * token_shares(statistics)[:, None])
+    energy = output.numpy() * token_shares(statistics)
+    return np.asarray(relative_errors(statistics) * energy[:, None])
+
+
+def relative_errors(statistics: Statistics) -> np.ndarray:
+    """tr(dW H dW^T) over tr(W H W^T) of every site in every format, (S, F)."""
+    layers = [layer for layer in statistics.layers if layer["sites"]]
+    parts = [statistics.read(layer["layer"], "sites.error") for layer in layers]
+    return np.asarray(torch.cat(parts).double().numpy())
 
 
 def _losses_by_groups(statistics: Statistics) -> np.ndarray:
@@ -395,6 +442,24 @@ def candidate_bits(statistics: Statistics) -> np.ndarray:
     return np.array([
         8 * parse_format(name).nbytes(shape) / (shape[0] * shape[1]) for name in statistics.formats
     ])  # fmt: skip
+
+
+def widths_of(name: str) -> tuple[int, ...]:
+    """Of the nested format of that name; none of others."""
+    from bitnest.formats import parse_format, widths
+
+    return widths(parse_format(name))
+
+
+def plain_width(name: str) -> float | None:
+    """Code width of a format of integers without a transform or a residual; None of others."""
+    from bitnest.formats import BlockFormat, parse_format
+    from bitnest.formats.elements import IntElement
+
+    fmt = parse_format(name)
+    return (
+        fmt.bits if isinstance(fmt, BlockFormat) and isinstance(fmt.element, IntElement) else None
+    )
 
 
 def _typical(sites: Sequence[Site]) -> tuple[int, int]:

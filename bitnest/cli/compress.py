@@ -29,11 +29,8 @@ def command(
     group: int = typer.Option(
         None, "--group", help="One integer format for all: input channels per scale, 16 to 128."
     ),
-    nested: str = typer.Option(
-        None,
-        "--nested",
-        help="One artifact that can be read at any of these widths: 2-8 or 2,3,4,6,8.",
-    ),
+    nested: str = dials.Nested,
+    base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
     recipe: Path = typer.Option(
         None, "--recipe", help="YAML with any of these options; the command line overrides it."
@@ -99,7 +96,8 @@ def command(
     values: dict[str, Any] = {
         "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
-        "group": group, "nested": nested, "plan": plan, "target": target, "policy": policy,
+        "group": group, "nested": nested, "base_size": parse_size(base_size), "plan": plan,
+        "target": target, "policy": policy,
         "candidates": candidate,
         "ends": ends, "exact": exact, "check": check, "method": method,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "data": data,
@@ -124,10 +122,8 @@ def command(
                 say(line)
 
     out_dir = out or Path(default_name(model, values))
-    uniform = (
-        values["format"] or values["group"] or values["nested"] or values["plan"]
-        or values["method"] == "rtn"
-    )  # fmt: skip
+    plain = (values["format"] or values["group"]) and not values["nested"]
+    uniform = plain or values["plan"] or values["method"] == "rtn"
     known = values["statistics"] or (not uniform and dials.found(model))
     if values["plan"]:
         from bitnest.api.compressing import plan_statistics
@@ -186,7 +182,10 @@ def default_name(model: str, values: Mapping[str, Any]) -> str:
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}"
     if values["nested"]:
-        return f"{name}-nested-{values['nested'].replace(',', '')}"
+        name = f"{name}-nested-{values['nested'].replace(',', '')}"
+    dial = any(values[key] is not None for key in ("bits", "size", "max_kl", "min_agreement"))
+    if values["nested"] and not dial:
+        return name
     if values["format"] or values["group"]:
         return f"{name}-{default_format(values['bits'], values['format'], values['group'])}"
     for key in ("size", "max_kl", "min_agreement"):

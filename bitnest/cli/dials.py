@@ -25,6 +25,18 @@ MinAgreement = typer.Option(
 Context = typer.Option(
     0, "--context", min=0, help="With --size: tokens of 16-bit cache to fit too."
 )
+Nested = typer.Option(
+    None,
+    "--nested",
+    help="Weights that can be read at any of these widths: 2-8 or 2,3,4,6,8. With a budget, each "
+    "up to the width that it deserves.",
+)
+BaseSize = typer.Option(
+    None,
+    "--base-size",
+    help="With --nested: memory for all weights at their narrowest, which sets the width that each "
+    "begins at (default: the narrowest for all).",
+)
 TargetName = typer.Option(
     "native", "--target", help="Who is to load it: native, vllm-cuda, vllm-cpu, transformers, gguf."
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bitnest.cli.options import Device, Json, Quiet, Remote
+from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 
 if TYPE_CHECKING:
     from bitnest.eval.report import EvalReport
@@ -29,6 +29,12 @@ def command(
         None,
         "--bits",
         help="Widths to read nested artifacts at, a row for each they have: 2-8 or 2,3,4.",
+    ),
+    size: str = typer.Option(
+        None,
+        "--size",
+        help="Memory for the weights of nested artifacts, a row for each: 2GiB or 9MB,12MB. Every "
+        "weight gets the width that loses least.",
     ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
@@ -55,6 +61,7 @@ def command(
             data=data,
             without=without,
             bits=parse_widths(bits) if bits else (),
+            sizes=[parse_size(one) for one in size.split(",")] if size else (),
             window=window,
             windows=windows,
             batch_size=batch_size,

@@ -28,6 +28,8 @@ def command(
     candidate: list[str] = dials.Candidates,
     ends: bool = dials.Ends,
     exact: bool = dials.Exact,
+    nested: str = dials.Nested,
+    base_size: str = dials.BaseSize,
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT that no plan overrules: a glob, re:REGEX or kind:KIND."
     ),
@@ -91,11 +93,14 @@ def command(
             "--frontier": {
                 "-o": out is not None, "--explain": bool(explain), "--context": bool(context),
                 "--machine": machine is not None,
+                "--nested": nested is not None or base_size is not None,
             },
             "--compare": {
                 "-o": out is not None, "--explain": bool(explain), "--machine": machine is not None,
+                "--nested": nested is not None or base_size is not None,
             },
             "--check": {
+                "--nested": nested is not None or base_size is not None,
                 "--context": bool(context), "--exact": exact, "--latency": latency is not None,
             },
         },
@@ -165,7 +170,10 @@ def command(
             print_json([tables.row(planned) for planned in rows]) if json else tables.policies(rows)
             return
         else:
-            planned = api.plan(model, policy=policy, **budget, **options)
+            planned = api.plan(
+                model, policy=policy, nested=nested, base_size=parse_size(base_size),
+                **budget, **options,
+            )  # fmt: skip
         cost = (
             api.constraint_cost(model, planned, **budget, **options)
             if target != "native" and check is None

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitnest.cli.render import size, wide_console
 from bitnest.errors import RecipeError
+from bitnest.formats.names import brief_name
 from bitnest.patterns import matcher
 from bitnest.quantize.allocation.explain import Explanation
 from bitnest.quantize.allocation.explain import explain as explanations
@@ -169,17 +172,20 @@ def _by_kind(planned: Planned) -> Any:
     menu = planned.menu
     used = [f for f in range(len(menu.formats)) if (planned.choice == f).any()]
     used.sort(key=lambda f: float(menu.widths[f]))
+    names = np.array([brief_name(name) for name in menu.formats])
+    columns = list(dict.fromkeys(names[f] for f in used))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("weights by kind")
-    for f in used:
-        table.add_column(menu.formats[f], justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
     table.add_column("bits", justify="right")
     for k, kind in enumerate(menu.kinds):
         own = menu.kind == k
         total = menu.numel[own].sum()
         if not total:
             continue
-        shares = [menu.numel[own & (planned.choice == f)].sum() / total for f in used]
+        chosen = names[planned.choice]
+        shares = [menu.numel[own & (chosen == name)].sum() / total for name in columns]
         bits = menu.bits[own, planned.choice[own]].sum() / total
         cells = [f"{share:.1%}" if share else "-" for share in shares]
         table.add_row(kind, *cells, f"{bits:.2f}")

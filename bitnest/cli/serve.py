@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from bitnest.cli.options import Quiet, Remote
+from bitnest.cli.options import Quiet, Remote, parse_size
 
 if TYPE_CHECKING:
     from bitnest.progress import Progress
+    from bitnest.quantize.allocation.fitting import Fitted
 
 
 def command(
@@ -20,6 +21,12 @@ def command(
         "--bits",
         help="Compress a checkpoint to this width first (default: 4); the width to read a nested "
         "artifact at.",
+    ),
+    size: str = typer.Option(
+        None,
+        "--size",
+        help="Memory for the weights, such as 2GiB: widths of a nested artifact are chosen for it, "
+        "a checkpoint is compressed to it.",
     ),
     format: str = typer.Option(None, "--format", help="Compress to this format first."),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn, when compressing."),
@@ -61,12 +68,15 @@ def command(
 
         find_vllm(vllm_bin)  # before compressing and exporting for it
     from bitnest.cli.render import Bars, say
+    from bitnest.quantize.allocation.fitting import Fitted
 
     with Bars(quiet) as bars:
-        options = {"bits": bits, "format": format, "method": method}
-        width = _nested_width(model, options, engine)
+        options = {"bits": bits, "size": parse_size(size), "format": format, "method": method}
+        width = _widths(model, options, engine)
         if width is not None:
-            options["bits"] = None
+            options |= {"bits": None, "size": None}
+            if isinstance(width, Fitted):
+                say(f"widths: {width.bits:.2f} bits on average, {width.nbytes:,} bytes")
         path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
         if engine == "vllm":
             path = _exported(path, vllm_for, cache_dir)
@@ -80,7 +90,11 @@ def command(
 
     quiet_transformers()
     run_server(
-        load_model(path, bits=width, trust_remote_code=trust_remote_code),
+        load_model(
+            path,
+            bits=width.widths if isinstance(width, Fitted) else width,
+            trust_remote_code=trust_remote_code,
+        ),
         load_tokenizer(path, trust_remote_code=trust_remote_code),
         model_name=name or model,
         host=host,
@@ -92,24 +106,31 @@ def command(
     )
 
 
-def _nested_width(model: str, options: dict[str, Any], engine: str) -> int | None:
-    """The width that a nested artifact is to be read at, None for other models.
+def _widths(model: str, options: dict[str, Any], engine: str) -> int | Fitted | None:
+    """What a nested artifact is to be read at, None for other models and for all of it.
 
     Raises:
-        RecipeError: a width that is not whole, or an engine that reads no planes.
+        RecipeError: a width that is not whole, a size too small, or an engine that reads no planes.
     """
     from bitnest.artifact import Artifact, is_artifact
     from bitnest.checkpoint import resolve_model
     from bitnest.errors import RecipeError
     from bitnest.packed.widths import nested_widths
+    from bitnest.quantize.allocation.fitting import fit_widths
 
-    source, bits = resolve_model(model), options["bits"]
-    if bits is None or not is_artifact(source) or not nested_widths(Artifact.open(source)):
+    source, bits, size = resolve_model(model), options["bits"], options["size"]
+    if bits is None and size is None:
+        return None
+    if not is_artifact(source) or not nested_widths(Artifact.open(source)):
         return None
     if engine != "bitnest":
         raise RecipeError(
             "vLLM reads no planes", hint="serve it by bitnest's own engine, or compress with --bits"
         )
+    if size is not None:
+        if bits is not None:
+            raise RecipeError("--bits and --size both say what is read", hint="leave out one")
+        return fit_widths(Artifact.open(source), size)
     if not float(bits).is_integer():
         raise RecipeError(f"--bits {bits:g}: a width is a whole number", hint="--bits 3")
     return int(bits)
@@ -132,11 +153,11 @@ def _artifact(
     from bitnest.serve.cache import cached_artifact
 
     source = resolve_model(model)
-    asked = options["bits"] is not None or options["format"] is not None
+    asked = any(options[key] is not None for key in ("bits", "size", "format"))
     if is_artifact(source) or dense:
         if asked:
             raise RecipeError(
-                "--bits and --format compress a checkpoint; this is served as it is",
+                "--bits, --size and --format compress a checkpoint; this is served as it is",
                 where=str(source),
                 hint="leave them out, or name the original checkpoint",
             )

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitnest.artifact import Artifact, is_artifact
 from bitnest.calibrate.data import load_texts, parse_source, token_windows
 from bitnest.checkpoint import resolve_model
 from bitnest.device import choose_device
-from bitnest.errors import BitnestError, CheckpointError, DataError, RecipeError
+from bitnest.errors import BitnestError, CheckpointError, DataError
 from bitnest.eval.divergence import Tokens, compare
 from bitnest.eval.logits import (
     Full,
@@ -39,11 +38,12 @@ from bitnest.eval.logits import (
 )
 from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
-from bitnest.eval.size import count_parameters, weight_bytes
+from bitnest.eval.settings import read_settings
+from bitnest.eval.size import count_parameters
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.packed.loading import load_model, load_tokenizer
 from bitnest.packed.modules import hold_decoded
-from bitnest.packed.widths import nested_widths, set_bits
+from bitnest.packed.widths import set_bits
 
 if TYPE_CHECKING:
     from bitnest.progress import Progress
@@ -66,6 +66,7 @@ def evaluate(
     dtype: str = "float32",
     device: str | torch.device | None = None,
     bits: Sequence[int] = (),
+    sizes: Sequence[int] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -75,7 +76,8 @@ def evaluate(
     `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured with these
     experts switched off (`eval.without` says what that means). One model alone is then the base of
     its own rows; several without `against` have perplexity only. bits: widths at which
-    nested artifacts are read, a row for each that they have; others have one row. window, windows:
+    nested artifacts are read, a row for each that they have; others have one row. sizes: bytes that
+    a nested artifact's weights may take, a row for each. window, windows:
     tokens in a window, windows per text. batch_size: windows per forward pass (packed models decode
     their weights once per pass). dtype: compute type. device: None means CUDA where there is one,
     as when compressing. The base is the first row.
@@ -89,8 +91,9 @@ def evaluate(
         CheckpointError, ArtifactError: a model that cannot be opened.
     """
     _check_options(models, window, windows, batch_size, dtype)
-    if bits and without:
-        raise BitnestError("--bits and --without are measured apart", hint="leave out one")
+    if (bits or sizes) and without:
+        said = "--bits" if bits else "--size"
+        raise BitnestError(f"{said} and --without are measured apart", hint="leave out one")
     offs = parse_without(without)
     device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
@@ -104,7 +107,7 @@ def evaluate(
     ]
     if against is not None:
         switches.insert(0, ())
-    chosen = _widths(paths, bits)
+    chosen = read_settings(paths, bits, sizes)
     tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)
@@ -116,22 +119,21 @@ def evaluate(
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
-        widths = chosen[number] or (None,)
+        first = chosen[number][0]
         model = load_model(
-            path, dtype=dtype, device=device, bits=widths[0], trust_remote_code=trust_remote_code
+            path, dtype=dtype, device=device, bits=first.widths, trust_remote_code=trust_remote_code
         )
         counted = parameters if based else count_parameters(path)
-        for width, switch in [
-            *((width, Switch()) for width in widths), *((None, s) for s in switches[number])
+        for setting, switch in [
+            *((own, Switch()) for own in chosen[number]), *((first, s) for s in switches[number])
         ]:  # fmt: skip
-            if width not in {None, widths[0]}:
-                set_bits(model, width)
+            if setting is not first:
+                set_bits(model, setting.widths)
             hold_decoded(model)
             head = open_head(model, tokens[0], name)
-            nbytes = weight_bytes(path, width)
-            per_weight = 8 * nbytes / counted if counted else None
+            per_weight = 8 * setting.nbytes / counted if counted else None
             title = f"{name} without {switch.label}" if switch.modules else name
-            title = title if width is None else f"{name} at {width} bits"
+            title = f"{name} {setting.said}" if setting.said else title
             if progress is not None and switch.modules:
                 progress.phase(f"measure {title}", sum(text.windows for text in texts))
             is_base = based and not rows
@@ -145,7 +147,7 @@ def evaluate(
                 Row(
                     title,
                     is_base,
-                    nbytes,
+                    setting.nbytes,
                     counted,
                     per_weight,
                     head is not None,
@@ -156,30 +158,6 @@ def evaluate(
         del model
         gc.collect()
     return EvalReport(names[0] if based else None, dtype, texts, tuple(rows))
-
-
-def _widths(paths: Sequence[Path], bits: Sequence[int]) -> list[tuple[int, ...]]:
-    """Of every model those of `bits` that it can be read at; none of models that are not nested.
-
-    Raises:
-        RecipeError: no model is nested, or a nested one has none of these widths.
-    """
-    if not bits:
-        return [() for _ in paths]
-    own = [nested_widths(Artifact.open(path)) if is_artifact(path) else () for path in paths]
-    if not any(own):
-        raise RecipeError(
-            "none of these models is nested: each has one width",
-            hint="leave out --bits, or compress with --nested 2-8",
-        )
-    for path, widths in zip(paths, own, strict=True):
-        if widths and not set(widths) & set(bits):
-            raise RecipeError(
-                f"no width {', '.join(map(str, bits))} in this artifact",
-                where=str(path),
-                hint="it has " + ", ".join(map(str, widths)),
-            )
-    return [tuple(w for w in bits if w in widths) for widths in own]
 
 
 def _measure(

@@ -123,6 +123,11 @@ def nested_name(text: str, group: int | None = None) -> str:
     return NestedFormat("nest", parse_widths(text), group or 128).name + NESTED_TRANSFORM
 
 
+def brief_name(name: str) -> str:
+    """A format's name for tables: of nested ones the widest width alone, `nest..5-g128@had64`."""
+    return re.sub(r"^(nest|mat|mwq|any|stack)[0-9]+([0-9])-", r"\1..\2-", name)
+
+
 def parse_base(text: str, whole: str = "") -> CoreFormat:
     """The format of `text`, which has no wrappers. whole: the name to complain about.
 

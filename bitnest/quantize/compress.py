@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format
+from bitnest.formats import AnyFormat, DenseFormat, parse_format, widths
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
 from bitnest.progress import Progress, Silent
@@ -59,6 +59,7 @@ from bitnest.workdir import partial_directory, storage_error
 
 if TYPE_CHECKING:
     from bitnest.calibrate.expect import Expected
+    from bitnest.calibrate.slopes import Sensitivity
     from bitnest.plan import Plan
 
 ALGORITHM = 2  # raised when the same inputs would give other bytes than an earlier version
@@ -110,6 +111,19 @@ class Job:
     def packed_ends(self) -> list[Site]:
         """Ends that do not stay dense."""
         return [s for s in self.ends if not isinstance(self.formats[s.name], DenseFormat)]
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity | None:
+        """What is known of it, where widths will be chosen by it: in nested artifacts."""
+        nested = any(widths(fmt) for fmt in self.formats.values())
+        return self.expected.sensitivity if self.expected is not None and nested else None
+
+    def slopes(self, site: Site) -> tuple[float, ...]:
+        """What a unit of a site's error costs, by text; empty where nobody will ask or knows."""
+        known = self.sensitivity
+        if known is None or isinstance(self.formats[site.name], DenseFormat):
+            return ()
+        return known.slopes.get(site.name, ())
 
     @property
     def reads_tail(self) -> bool:
@@ -322,7 +336,14 @@ class _Run:
             file = self.writer.packed_name(layer) if parts else ""
             records.append(
                 SiteRecord(
-                    item.site, item.fmt.name, nbytes, item.error, item.tokens, file, item.narrower
+                    item.site,
+                    item.fmt.name,
+                    nbytes,
+                    item.error,
+                    item.tokens,
+                    file,
+                    item.narrower,
+                    self.job.slopes(item.site),
                 )
             )
             entries.extend(parts)
@@ -473,6 +494,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
             "sources": calibration.counts,
         },
         **({} if job.expected is None else {"predicted": job.expected.to_json()}),
+        **({} if job.sensitivity is None else {"sensitivity": job.sensitivity.to_json()}),
         **({} if job.plan is None else {"plan": job.plan.summary()}),
         "fingerprint": fingerprint,
     }

@@ -142,7 +142,16 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
             error = 0.0 if isinstance(fmt, DenseFormat) else LONGEST_ERROR
             narrower = (LONGEST_ERROR,) * (len(widths(fmt)) - 1)
             records.append(
-                SiteRecord(site, fmt.name, fmt.nbytes(site.shape), error, tokens, file, narrower)
+                SiteRecord(
+                    site,
+                    fmt.name,
+                    fmt.nbytes(site.shape),
+                    error,
+                    tokens,
+                    file,
+                    narrower,
+                    (LONGEST_ERROR,) * len(job.slopes(site)),
+                )
             )
         for file, own in tensors.items():
             own = own if file == name else joined_streams(own)

@@ -69,9 +69,9 @@ def expert_use(statistics: Statistics, sites: Sequence[Site]) -> tuple[np.ndarra
 def _noise(predictor: Predictor, menu: Menu, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Output error per token of every choice, (N, F): share * tr(dW H dW^T), summed."""
     noise = output_errors(predictor.statistics)
-    known = {name: f for f, name in enumerate(predictor.formats)}
     columns = [
-        noise[:, known[name]] if name in known else np.zeros(len(noise)) for name in menu.formats
+        np.zeros(len(noise)) if name == "dense" else noise[:, predictor.column(name)]
+        for name in menu.formats
     ]
     whole = np.stack(columns, axis=1)
     return np.stack([whole[list(group)].sum(axis=0) for group in rows])

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from bitnest.calibrate.expect import Expected
-from bitnest.calibrate.predict import Predictor
+from bitnest.calibrate.predict import Predictor, widths_of
+from bitnest.calibrate.slopes import sensitivity
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
@@ -31,7 +32,8 @@ from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
-from bitnest.quantize.allocation.objective import Background
+from bitnest.quantize.allocation.nesting import Nesting
+from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.allocation.problem import BudgetError
@@ -63,6 +65,7 @@ class Planner:
     format, candidate or not. ends: whether embedding and head are
     planned too; None: with a size or KL they are, with bits they stay as they are, which is how
     "3-bit" is meant in the field. weights: of the dataset labels. latency: see `read_evidence`.
+    nesting: weights are nested, formats those that it says.
 
     Raises:
         StatisticsError: of another model, or without what planning needs.
@@ -80,7 +83,9 @@ class Planner:
         weights: Mapping[str, float] | None = None,
         latency: Mapping[str, float] | None = None,
         exact: bool = False,
+        nesting: Nesting | None = None,
     ) -> None:
+        self.nesting = nesting
         self.job, self.predictor, self.target = job, predictor, target
         self.ends, self.exact, self.latency = ends, exact, latency
         self.labels = [
@@ -90,7 +95,9 @@ class Planner:
         self.known = {site.name: site for site in job.sites}
         check_sites(job, predictor)
         self.formats = tuple(predictor.formats if formats is None else formats)
-        predictor.statistics.check_formats(self.formats)
+        if nesting is not None:
+            self.formats = nesting.formats
+        predictor.check_formats(self.formats)
 
     def plan(self, budget: Budget, policy: str = "bitnest") -> Planned:
         """The plan of a policy under a budget.
@@ -116,6 +123,17 @@ class Planner:
             return self._finish(evidence, found.choice, budget, policy, found.cost)
         choice, spend = self._sized(evidence, budget, policy)
         return self._finish(evidence, choice, budget, policy, spend)
+
+    def add_nested(self, plan: Plan) -> None:
+        """Let the nested formats of a plan be candidates, which statistics need not know.
+
+        Raises:
+            StatisticsError: they know nothing of that width either.
+        """
+        names = {name for name in plan.formats(self.job.sites).values() if widths_of(name)}
+        extra = tuple(sorted(names - set(self.formats)))
+        self.predictor.check_formats(extra)
+        self.formats = (*self.formats, *extra)
 
     def evaluate(self, plan: Plan) -> Planned:
         """What a plan that is already there costs and loses. The figures and the digest of the
@@ -145,26 +163,70 @@ class Planner:
         if ends is None:
             ends = self.ends if self.ends is not None else budget.bits is None
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
-        place = {site.name: i for i, site in enumerate(self.predictor.sites)}
         fixed = ruled_formats(self.job, sites)
+        target = self.target
         if suited:
-            check_suited([s for s in sites if s.name not in fixed], self.formats, self.target)
-        extra = beside(fixed, self.formats)
-        self._check_measured(extra)
-        formats = (*self.formats, *extra)
-        columns = [self.predictor.formats.index(name) for name in formats]
-        losses = self.predictor.losses[[place[s.name] for s in sites]][:, columns]
-        losses = losses[:, :, np.array(self.predictor.known)]
-        menu = build_menu(
-            sites, formats, losses, self.target,
-            itemsize=self.job.itemsize, fixed=fixed, extra=extra,
-        )  # fmt: skip
+            check_suited([s for s in sites if s.name not in fixed], self.formats, target)
+        if self.nesting is not None:
+            target = self.nesting.target(target, fixed, self._bases(sites, fixed, budget))
+        menu = self._menu(sites, self.formats, fixed, target)
         if budget.bits is not None:
             menu = menu.one_per_width()
         return read_evidence(
             self.predictor, menu, weights=self.weights, background=self._background(sites),
             latency=self.latency, exact=self.exact,
         )  # fmt: skip
+
+    def _menu(
+        self,
+        sites: Sequence[Site],
+        candidates: Sequence[str],
+        fixed: Mapping[str, str],
+        target: Target,
+    ) -> Menu:
+        """The menu of `sites`, with what rules add to the candidates."""
+        extra = beside(fixed, candidates)
+        self._check_measured(extra)
+        place = {site.name: i for i, site in enumerate(self.predictor.sites)}
+        formats = (*candidates, *extra)
+        columns = [self.predictor.column(name) for name in formats]
+        losses = self.predictor.losses[[place[s.name] for s in sites]][:, columns]
+        losses = losses[:, :, np.array(self.predictor.known)]
+        return build_menu(
+            sites, formats, losses, target,
+            itemsize=self.job.itemsize, fixed=fixed, extra=extra,
+        )  # fmt: skip
+
+    def _bases(
+        self, sites: Sequence[Site], fixed: Mapping[str, str], budget: Budget
+    ) -> dict[str, int]:
+        """Base width of every site that is to be nested; see `nesting`.
+
+        Raises:
+            RecipeError: no widths fit the base size.
+        """
+        assert self.nesting is not None
+        free = [site.name for site in sites if site.name not in fixed]
+        size = self.nesting.base_size
+        if size is None:
+            return dict.fromkeys(free, self.nesting.widths[0])
+        target = self.nesting.target(self.target, fixed, None)
+        menu = self._menu(sites, self.nesting.single, fixed, target)
+        objective = with_weights(menu, self.predictor.fit, self.weights, self._background(sites))
+        rows = np.arange(len(menu.items))
+        cheapest = np.where(menu.allowed, menu.nbytes, np.iinfo(np.int64).max).argmin(axis=1)
+        least = menu.least(menu.nbytes)
+        sizes = self.sizes(menu, cheapest, budget)
+        rest = sizes.packed + sizes.dense - int(menu.nbytes[rows, cheapest].sum())
+        if rest + least > size:
+            raise RecipeError(
+                f"at {self.nesting.widths[0]} bits everywhere the weights take {rest + least:,} "
+                f"bytes, more than the base size of {size:,}",
+                hint=f"--base-size {rest + least} or more, or a narrower width by --nested",
+            )
+        choice = objective.minimise(menu.nbytes, size - rest, exact=self.exact).choice
+        chosen = menu.plan(choice)
+        return {name: widths_of(chosen[name])[0] for name in free}
 
     def _background(self, planned: Sequence[Site]) -> Background:
         """What sites lose that are not on the menu, but have a format by a rule: ends."""
@@ -183,8 +245,7 @@ class Planner:
                 )
         depth = dict(zip(place, self.predictor.depth, strict=True))
         losses = [
-            self.predictor.losses[place[s.name], self.predictor.formats.index(ruled[s.name])]
-            for s in ends
+            self.predictor.losses[place[s.name], self.predictor.column(ruled[s.name])] for s in ends
         ]
         known = np.array(self.predictor.known)
         if not losses:
@@ -198,7 +259,7 @@ class Planner:
     def _check_measured(self, ruled: Sequence[str]) -> None:
         statistics = self.predictor.statistics
         for name in ruled:
-            if name not in statistics.formats:
+            if name not in statistics.formats and not widths_of(name):
                 raise StatisticsError(
                     f"format '{name}', which a rule asks for, was not measured",
                     where=str(statistics.path),
@@ -253,15 +314,20 @@ class Planner:
         figures = dict.fromkeys(FIGURES, LONGEST)
         texts = {"kl_by_text": dict.fromkeys(self.labels, LONGEST)}
         return Plan(
-            (), target=self.target.name, policy="frequency", asked=budget.to_json(),
+            (), target=self.target.name, policy="frequency", asked=self._spoken(budget),
             expected={**figures, **texts},
         )  # fmt: skip
+
+    def _spoken(self, budget: Budget) -> dict[str, Any]:
+        """What was asked for, as the plan keeps it."""
+        return {**budget.to_json(), **({} if self.nesting is None else self.nesting.to_json())}
 
     def _asked(self, budget: Budget) -> dict[str, Any]:
         """The resolved recipe of `compress` with this budget and no other option."""
         planning = {
             "target": self.target.name, "policy": "frequency", "candidates": list(self.formats),
             "ends": False, "exact": False,
+            **({} if self.nesting is None else self.nesting.to_json()),
         }  # fmt: skip
         return resolved(self.job.recipe, {"budget": budget.to_json()}, planning=planning)
 
@@ -269,7 +335,10 @@ class Planner:
     def _expected(self) -> Expected:
         """A prediction that is as long as it can become."""
         kl = dict.fromkeys(self.labels, LONGEST)
-        return Expected(kl, LONGEST, LONGEST, LONGEST, "0" * 64, "0" * 64, frozenset())
+        return Expected(
+            kl, LONGEST, LONGEST, LONGEST, "0" * 64, "0" * 64, frozenset(),
+            sensitivity(self.predictor),
+        )  # fmt: skip
 
     def _assumed(self) -> Assumed:
         """The calibration text, if it is not known yet: that of the statistics."""
@@ -325,7 +394,7 @@ class Planner:
             source=source,
             target=self.target.name,
             policy=policy,
-            asked=budget.to_json(),
+            asked=self._spoken(budget),
             expected=expected(planned),
         )
         return replace(planned, plan=plan)
