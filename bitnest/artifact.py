@@ -46,6 +46,8 @@ from bitnest.workdir import (
 FORMAT_VERSION = 2
 MANIFEST = "bitnest.json"
 SHARD_BYTES = 1 << 30
+FILE_NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # hidden ones are for bookkeeping
+SHA256 = re.compile(r"[0-9a-f]{64}")
 DIGITS = 6  # of a site's error in the manifest
 # what sites of one group do not share; the last may be left out
 OWN = ("expert", "format", "nbytes", "error", "tokens", "sensitivity")
@@ -135,18 +137,10 @@ class Artifact:
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        try:
-            records = tuple(SiteRecord.from_json(item) for item in unfold(manifest["sites"]))
-            files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ArtifactError(
-                "the manifest is incomplete",
-                where=str(path / MANIFEST),
-                hint="copy the artifact again, or compress again",
-            ) from error
+        records = parse_records(manifest, str(path / MANIFEST))
         absent: dict[str, str] = {}
-        for name, expected in files.items():
-            file = path / name
+        for name, entry in manifest["files"].items():
+            file, expected = path / name, entry["bytes"]
             size = file.stat().st_size if file.exists() else None
             if size == expected:
                 continue
@@ -157,7 +151,9 @@ class Artifact:
             )
             if plane_width(name) is None:
                 raise ArtifactError(
-                    wrong, where=str(path), hint="copy the artifact again, or compress again"
+                    wrong,
+                    where=str(path),
+                    hint=f"fetch it again: {pulling(path)}; or compress again",
                 )
             absent[name] = wrong
         return cls(path, manifest, records, absent)
@@ -183,7 +179,8 @@ class Artifact:
                 raise ArtifactError(
                     self.absent[name],
                     where=str(self.path),
-                    hint=f"copy it again, or load below {plane_width(name)} bits",
+                    hint=f"load below {plane_width(name)} bits (--bits), or fetch what is missing: "
+                    + pulling(self.path),
                 )
             infos, width = read_header(self.path / name), plane_width(name)
             found.update(infos if width is None else self._parts(name, width, infos, list(found)))
@@ -199,24 +196,32 @@ class Artifact:
         return split_streams(sorted(own, key=lambda r: place[r.site.name]), width, infos)
 
     def verify(self) -> None:
-        """Read every file and compare its sha256 with the manifest.
+        """Read every file that is there and compare its sha256 with the manifest.
 
         Raises:
-            ArtifactError: a file was changed, or is not there.
+            ArtifactError: files were changed, or are not there.
         """
-        for name, entry in self.manifest["files"].items():
-            if name in self.absent:
-                raise ArtifactError(
-                    self.absent[name],
-                    where=str(self.path),
-                    hint=f"copy it again; below {plane_width(name)} bits it is not needed",
-                )
-            if sha256_file(self.path / name) != entry["sha256"]:
-                raise ArtifactError(
-                    f"'{name}' does not match its checksum",
-                    where=str(self.path),
-                    hint="the file was changed or damaged: copy the artifact again",
-                )
+        wrong = [
+            name
+            for name, entry in self.manifest["files"].items()
+            if name not in self.absent and sha256_file(self.path / name) != entry["sha256"]
+        ]
+        if wrong:
+            names = ", ".join(f"'{name}'" for name in wrong)
+            raise ArtifactError(
+                f"{names} does not match its checksum"
+                if len(wrong) == 1
+                else f"{names} do not match their checksums",
+                where=str(self.path),
+                hint=f"changed or damaged; fetch it again: {pulling(self.path)}",
+            )
+        for name, what in self.absent.items():
+            raise ArtifactError(
+                f"{what}; all that is there matches its checksum",
+                where=str(self.path),
+                hint=f"below {plane_width(name)} bits it is not needed; otherwise fetch it: "
+                + pulling(self.path),
+            )
 
 
 def rounded(value: float) -> float:
@@ -249,25 +254,94 @@ def site_tensors(
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
+        data = file.read_bytes()
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"not a bitnest artifact: no {MANIFEST}",
-            where=str(path),
-            hint="bitnest compress MODEL -o OUT makes one",
-        ) from error
+        raise no_manifest(str(path)) from error
     except OSError as error:
         raise ArtifactError(f"cannot read: {error.strerror}", where=str(file)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError("the manifest is damaged", where=str(file)) from error
+    return parse_manifest(data, str(file))
+
+
+def no_manifest(where: str) -> ArtifactError:
+    """The error for a place that is no artifact."""
+    return ArtifactError(
+        f"not a bitnest artifact: no {MANIFEST}",
+        where=where,
+        hint="bitnest compress MODEL -o OUT makes one",
+    )
+
+
+def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """The manifest in `data`, which lies at `where`.
+
+    Raises:
+        ArtifactError: damaged, of another version, or it lists files outside its directory.
+    """
+    try:
+        manifest = json.loads(data)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            "the manifest is damaged", where=where, hint="copy the artifact again, whole"
+        ) from error
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ArtifactError(
             f"artifact format {version}, this bitnest reads {FORMAT_VERSION}",
-            where=str(file),
-            hint="upgrade bitnest" if version > FORMAT_VERSION else "compress the model again",
+            where=where,
+            hint="upgrade bitnest" if newer else "compress the model again",
         )
+    _check_files(manifest, where)
+    assert isinstance(manifest, dict)
     return manifest
+
+
+def _check_files(manifest: dict[str, Any], where: str) -> None:
+    """An artifact is flat: a name with a directory in it would be read, sliced or pulled to a place
+    that is none of its business."""
+    try:
+        for name, entry in manifest["files"].items():
+            if not FILE_NAME.fullmatch(name) or name.casefold() == MANIFEST:
+                raise ArtifactError(
+                    f"the manifest lists {name!r}, which is no name of a file beside it",
+                    where=where,
+                    hint="nothing was read or written; do not trust where this came from",
+                )
+            if type(entry["bytes"]) is not int or entry["bytes"] < 0:
+                raise ValueError(f"bytes of {name}")
+            if not SHA256.fullmatch(entry["sha256"]):
+                raise ValueError(f"sha256 of {name}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _incomplete(where) from error
+
+
+def parse_records(manifest: Mapping[str, Any], where: str) -> tuple[SiteRecord, ...]:
+    """Every site of a manifest that lies at `where`.
+
+    Raises:
+        ArtifactError: something is missing, or a site lies in a file that is not listed.
+    """
+    try:
+        records = tuple(SiteRecord.from_json(item) for item in unfold(manifest["sites"]))
+        lost = [r.site.name for r in records if r.file and r.file not in manifest["files"]]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _incomplete(where) from error
+    if lost:
+        raise _incomplete(where)
+    return records
+
+
+def _incomplete(where: str) -> ArtifactError:
+    return ArtifactError(
+        "the manifest is incomplete",
+        where=where,
+        hint="copy the artifact again, or compress again",
+    )
+
+
+def pulling(path: Path) -> str:
+    """The command that mends the artifact in `path`."""
+    return f"bitnest pull SOURCE -o {path} (SOURCE: a whole copy, directory or hub id)"
 
 
 def manifest_text(
@@ -495,5 +569,5 @@ def shards(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 def _copy_files(source: Path, target: Path) -> None:
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
-            if file.is_file():
+            if file.is_file() and FILE_NAME.fullmatch(file.name):
                 write_bytes(target / file.name, file.read_bytes())

@@ -35,6 +35,7 @@ from bitnest.api.texts import (
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
+from bitnest.export.pulling import pull
 from bitnest.export.slicing import slice_artifact
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompressResult", "Group", "analyze", "check_plan", "compare_formats", "compare_policies",
     "compress", "constraint_cost", "evaluate", "export", "fit_widths", "frontier", "inspect",
-    "load", "load_tokenizer", "merge_statistics", "plan", "preflight", "slice_artifact",
+    "load", "load_tokenizer", "merge_statistics", "plan", "preflight", "pull", "slice_artifact",
     "summarise", "write_report",
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ from bitnest.cli import (
     formats,
     inspect,
     plan,
+    pull,
     serve,
     slice,
     statistics,
@@ -45,6 +46,7 @@ app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
 app.command("slice")(slice.command)
+app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
 app.command("compare-formats")(compare_formats.command)

@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitnest.artifact import MANIFEST, Artifact, SiteRecord, manifest_text, plane_width
+from bitnest.artifact import (
+    MANIFEST,
+    Artifact,
+    SiteRecord,
+    manifest_text,
+    plane_width,
+    pulling,
+)
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat, widths
 from bitnest.packed.widths import loaded_formats
@@ -67,7 +74,7 @@ def slice_artifact(
                 raise ArtifactError(
                     f"'{name}' does not match its checksum",
                     where=str(artifact.path),
-                    hint="the file was changed or damaged: copy the artifact again",
+                    hint=f"changed or damaged; fetch it again: {pulling(artifact.path)}",
                 )
             progress.step(entry["bytes"])
         text = manifest_text(manifest, (record.to_json() for record in records), kept)
