@@ -5,8 +5,8 @@
 Every text is cut in half: the first halves calibrate, the second halves are measured on. All rows
 are Hadamard-rotated in blocks of 64 but `any`, whose tables are of single rows. `alone` is one
 artifact per width, `sliced` the first bits of the 8-bit one, each standing for the middle of its
-cell. Size: of the whole nested artifact over that of the 8-bit one. The last line of stdout is one
-JSON object.
+cell. Widths of `stack` are blocks, each of a little more than a bit. Size: of the whole nested
+artifact over that of the 8-bit one. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ KINDS = {
     "mat": "mat2345678-g128@had64",
     "mwq": "mwq2345678-g128@had64",
     "any": "any2345678-channel",
+    "stack": "stack12345678-r1@had64",
 }
 
 

@@ -100,6 +100,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "mat2345678-g128": "uniform codes for all widths, after MatGPTQ",
         "mwq2345678-g128": "a base and signed residuals, after D2MoE",
         "any2345678-channel": "tables per row, clusters split in two, after Any-Precision",
+        "stack12345678-r16": "signs and low-rank magnitudes, block after block, after BitStack",
     },
     "scale option": {
         "int4-g32-dq": "int8 scales of 16-bit scales (double quantisation)",
@@ -146,7 +147,7 @@ def family(fmt: AnyFormat) -> str:
         return "residual"
     if isinstance(fmt, TransformedFormat):
         return "transform"
-    if isinstance(fmt, BlockFormat):
+    if isinstance(fmt, BlockFormat | NestedFormat):
         return base_family(fmt)
     return "dropped" if isinstance(fmt, ZeroFormat) else "dense"
 
@@ -182,9 +183,10 @@ def scale_kind(fmt: AnyFormat) -> str:
         return ""
     base = core_format(fmt)
     if isinstance(base, NestedFormat):
-        return {"nest": "half, tables", "mat": "half, lines", "mwq": "half per bit, zero"}.get(
-            base.kind, "table per row and width"
-        )
+        return {
+            "nest": "half, tables", "mat": "half, lines", "mwq": "half per bit, zero",
+            "any": "table per row and width", "stack": "half channels, factors per bit",
+        }[base.kind]  # fmt: skip
     if base.learned and base.group is None:
         return "table per row"
     kind = base.scale + (f" {base.rule}" if base.rule else "")

@@ -7,8 +7,8 @@ grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
 alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
 transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
-nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel;
-          widths are digits: nest2345678-g128
+nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel,
+          stack<widths>-r<rank>; widths are digits: nest2345678-g128
 residual  lorc<rank>, lqer<rank>, hlr<rank>
 """
 
@@ -76,7 +76,8 @@ _BASE = re.compile(
     r"(?:-(?P<scale>m1|m2|dq|e8m0|e4m3))?(?:-(?P<rule>ocp|ceil))?"
 )
 _NESTED = re.compile(
-    rf"(?P<kind>nest|mat|mwq|any)(?P<widths>[0-9]{{1,8}})-(?:channel|g(?P<group>{_NUMBER}))"
+    r"(?P<kind>nest|mat|mwq|any|stack)(?P<widths>[0-9]{1,8})"
+    rf"-(?:channel|g(?P<group>{_NUMBER})|r(?P<rank>{_NUMBER}))"
 )
 _WRAPPER = re.compile(
     r"(?P<mark>[@+])(?P<kind>had|rhad|awq|perm|lorc|lqer|hlr)(?P<number>[1-9][0-9]{0,3})?"
@@ -144,8 +145,8 @@ def parse_base(text: str, whole: str = "") -> CoreFormat:
             )
         return replace(fmt, rule=rule)
     if nested := _NESTED.fullmatch(text):
-        group = int(nested["group"]) if nested["group"] else None
-        return NestedFormat(nested["kind"], tuple(map(int, nested["widths"])), group)
+        group, rank = (int(nested[k]) if nested[k] else None for k in ("group", "rank"))
+        return NestedFormat(nested["kind"], tuple(map(int, nested["widths"])), group, rank)
     match = _BASE.fullmatch(text)
     if match is None:
         raise FormatError(f"unknown format '{whole or text}'", hint=_hint(text))

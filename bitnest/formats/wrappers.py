@@ -57,6 +57,8 @@ class TransformedFormat:
             if inner.kind == self.kind:
                 raise FormatError(f"@{self.kind} twice", hint="each transform goes once")
             inner = inner.base
+        if self.kind == "awq" and isinstance(inner, NestedFormat) and inner.kind == "stack":
+            raise FormatError("stack scales input channels itself", hint="leave out @awq")
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from bitnest.kernels import native
 from bitnest.kernels.packing import pack_bits, unpack_bits
 
 Tensors = Mapping[str, torch.Tensor]
+STEP = 1 << 20  # weights of stack decoded at a time, so that a block's product stays small
 
 
 def decode_nested(
@@ -23,6 +24,8 @@ def decode_nested(
 ) -> torch.Tensor:
     """The (out, in) weight at the widest of fmt's widths, computed in float32, rounded once."""
     columns = shape[1]
+    if fmt.kind == "stack":
+        return _decode_stack(tensors, fmt, shape, dtype)
     codes = join_planes(tensors, fmt, columns)
     if fmt.kind == "any":
         table = tensors[f"table{fmt.widths[-1]}"].float()
@@ -93,6 +96,28 @@ def _decode_residuals(
     for bit in range(first + 1, top + 1):
         sign = ((codes >> (top - bit)) & 1).float().mul_(2).sub_(1)
         weight.addcmul_(sign, spread(tensors[f"scales{bit}"]))
+    return weight
+
+
+def _decode_stack(
+    tensors: Tensors, fmt: NestedFormat, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """stack: signs times low-rank magnitudes, added up, (O, I); some rows at a time."""
+    rows, columns = shape
+    weight = torch.empty(shape, dtype=dtype, device=tensors["channels"].device)
+    channels = tensors["channels"].float()
+    top = fmt.widths[-1]
+    step = max(1, STEP // columns)
+    for start in range(0, rows, step):
+        own = slice(start, min(start + step, rows))
+        planes = {name: t[own] for name, t in tensors.items() if name.startswith("plane")}
+        codes = join_planes(planes, fmt, columns)
+        total = torch.zeros(codes.shape, device=weight.device)
+        for bit in range(1, top + 1):
+            sign = ((codes >> (top - bit)) & 1).float().mul_(2).sub_(1)
+            left, right = tensors[f"left{bit}"][own].float(), tensors[f"right{bit}"].float()
+            total.addcmul_(sign, left @ right)
+        weight[own] = total.div_(channels)
     return weight
 
 

@@ -8,7 +8,8 @@ Only the rows asked for are gathered from the stored tensors:
     left of a residual                 row o; right, channels, order and global whole
 
 What is gathered is decoded as any weight is (`kernels/decode.py`), with the scales as float32 and
-a scale for every row: block formats give the same numbers bit for bit.
+a scale for every row: block formats give the same numbers bit for bit. Low-rank products may differ
+in float32's last bit, which depends on how many rows are multiplied at once.
 
 Left out: entropy-coded ternary codes, whose rows are parsed and not addressed.
 """
@@ -112,7 +113,8 @@ def _nested_rows(
             bits = fmt.widths[0]
             own[name] = pack_bits(_zeros(tensor, bits, rows).T, bits).T
         else:
-            own[name] = tensor[rows] if tensor.dim() == 2 else tensor
+            whole = tensor.dim() == 1 or name.startswith("right")
+            own[name] = tensor if whole else tensor[rows]
     return own
 
 

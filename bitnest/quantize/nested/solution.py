@@ -12,9 +12,10 @@ from bitnest.kernels.nested import decode_nested
 from bitnest.quantize.nested.clusters import Clusters, solve_clusters
 from bitnest.quantize.nested.matgpt import Uniform, solve_uniform
 from bitnest.quantize.nested.residual import Residuals, solve_residuals
+from bitnest.quantize.nested.stack import Stack, solve_stack
 from bitnest.quantize.nested.tree import Tree, solve_tree
 
-Solved = Tree | Uniform | Residuals | Clusters
+Solved = Tree | Uniform | Residuals | Clusters | Stack
 
 
 @dataclass
@@ -29,10 +30,10 @@ class Nested:
     narrower: tuple[torch.Tensor, ...]
 
     def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
-        """Stored tensors of some rows of matrix b; of all rows where they share a table."""
+        """Stored tensors of some rows of matrix b; of all rows where they share numbers."""
         found = self.solved[b]
-        if isinstance(found, Tree | Uniform):
-            assert len(range(*rows.indices(len(found.codes)))) == len(found.codes)
+        if isinstance(found, Tree | Uniform | Stack):
+            assert len(range(*rows.indices(len(found.weight)))) == len(found.weight)
             return found.store(self.half)
         return found.store(self.half, rows)
 
@@ -59,6 +60,8 @@ def solve_nested(
             solved.append(solve_uniform(w, h, fmt, half=half, damp=damp, weights=weights))
         elif fmt.kind == "mwq":
             solved.append(solve_residuals(w, h, fmt, half=half, damp=damp))
+        elif fmt.kind == "stack":
+            solved.append(solve_stack(w, h, fmt, half=half, damp=damp))
         else:
             solved.append(solve_clusters(w, h, fmt, half=half))
     decoded = torch.stack([item.weight for item in solved])
