@@ -569,7 +569,7 @@ def test_nested_goes_with_no_other_format(tiny: Builder, tmp_path: Path) -> None
         with pytest.raises(RecipeError, match="every width"):
             api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]
     for other in ({"candidates": ["int4-g128"]}, {"target": "vllm-cuda"}):
-        with pytest.raises(RecipeError, match="formats|reads no nested"):
+        with pytest.raises(RecipeError, match=r"formats|reads no nested"):
             api.compress(tiny("llama"), tmp_path / "a", nested="2-8", **other)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="nested weights"):
         api.compress(tiny("llama"), tmp_path / "a", base_size=10_000)
