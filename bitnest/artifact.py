@@ -186,13 +186,14 @@ class Artifact:
         own = [r for r in self.records if r.file and plane_file(r.file, width) == name]
         return split_streams(sorted(own, key=lambda r: place[r.site.name]), width, infos)
 
-    def verify(self) -> None:
-        """Read every file and compare its sha256 with the manifest.
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read every file, or those of `names`, and compare its sha256 with the manifest.
 
         Raises:
             ArtifactError: a file was changed, or is not there.
         """
-        for name, entry in self.manifest["files"].items():
+        for name in self.manifest["files"] if names is None else names:
+            entry = self.manifest["files"][name]
             if name in self.absent:
                 raise ArtifactError(
                     self.absent[name],
