@@ -195,29 +195,32 @@ class Artifact:
         own = [r for r in self.records if r.file and plane_file(r.file, width) == name]
         return split_streams(sorted(own, key=lambda r: place[r.site.name]), width, infos)
 
-    def verify(self) -> None:
-        """Read every file that is there and compare its sha256 with the manifest.
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read every file that is there, or those of `names`, and compare its sha256 with the
+        manifest.
 
         Raises:
             ArtifactError: files were changed, or are not there.
         """
+        asked = list(self.manifest["files"] if names is None else names)
         wrong = [
             name
-            for name, entry in self.manifest["files"].items()
-            if name not in self.absent and sha256_file(self.path / name) != entry["sha256"]
+            for name in asked
+            if name not in self.absent
+            and sha256_file(self.path / name) != self.manifest["files"][name]["sha256"]
         ]
         if wrong:
-            names = ", ".join(f"'{name}'" for name in wrong)
+            said = ", ".join(f"'{name}'" for name in wrong)
             raise ArtifactError(
-                f"{names} does not match its checksum"
+                f"{said} does not match its checksum"
                 if len(wrong) == 1
-                else f"{names} do not match their checksums",
+                else f"{said} do not match their checksums",
                 where=str(self.path),
                 hint=f"changed or damaged; fetch it again: {pulling(self.path)}",
             )
-        for name, what in self.absent.items():
+        for name in [name for name in asked if name in self.absent]:
             raise ArtifactError(
-                f"{what}; all that is there matches its checksum",
+                f"{self.absent[name]}; all that is there matches its checksum",
                 where=str(self.path),
                 hint=f"below {plane_width(name)} bits it is not needed; otherwise fetch it: "
                 + pulling(self.path),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from bitnest.safetensors_io import (
 )
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CONFIG_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 _INTEGERS = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
             CheckpointError: a missing or truncated file, a wrong type, a quantised checkpoint.
         """
         path = resolve_model(model, revision=revision)
-        config = _read_json(path / "config.json", "name a Hugging Face model directory")
+        config = read_config(path)
         tensors: dict[str, TensorInfo] = {}
         for file, names in _shards(path).items():
             header = read_header(file)
@@ -76,15 +77,18 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type most of the weight bytes are stored in."""
-        sizes: dict[str, int] = {}
-        for info in self.tensors.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-        return FLOATS[max((name for name in sizes if name in FLOATS), key=sizes.__getitem__)]
+        found = main_dtype(self.tensors.values())
+        assert found is not None  # `open` refuses a checkpoint without floats
+        return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def origin(self) -> dict[str, Any]:
+        """What a manifest says of this source besides its name, size and hash."""
+        return {}
 
     def scan(self, progress: Callable[[int], None] | None = None) -> str:
         """Read every tensor once: refuse NaN and infinity, return the sha256 of the weights.
@@ -108,7 +112,7 @@ class Checkpoint:
                 part = buffer[: min(CHUNK, info.stop - start)]
                 read_range(info.file, start, part)
                 digest.update(byte_view(part))
-                if info.dtype in FLOATS and not _all_finite(part.view(DTYPES[info.dtype])):
+                if info.dtype in FLOATS and not all_finite(part.view(DTYPES[info.dtype])):
                     raise CheckpointError(
                         f"tensor '{name}' holds NaN or infinite values",
                         where=str(info.file),
@@ -121,7 +125,34 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _all_finite(values: torch.Tensor) -> bool:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model directory.
+
+    Raises:
+        CheckpointError: it is not there, or no JSON object.
+    """
+    return _read_json(path / "config.json", "name a Hugging Face model directory")
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The type that config.json says the model is loaded in, None if it does not."""
+    for source in (config, config.get("text_config") or {}):
+        name = str(source.get("dtype") or source.get("torch_dtype") or "").removeprefix("torch.")
+        if name in CONFIG_NAMES:
+            return CONFIG_NAMES[name]
+    return None
+
+
+def main_dtype(infos: Iterable[TensorInfo]) -> torch.dtype | None:
+    """The floating-point type most of the bytes are stored in, None if there is none."""
+    sizes: dict[str, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    known = [name for name in sizes if name in FLOATS]
+    return FLOATS[max(known, key=sizes.__getitem__)] if known else None
+
+
+def all_finite(values: torch.Tensor) -> bool:
     """No NaN or infinity, by the exponent bits: one integer pass, no float temporaries."""
     integer, mask = {
         torch.bfloat16: (torch.int16, 0x7F80),

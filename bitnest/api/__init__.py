@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnest.api.compressing import compress
+from bitnest.api.exporting import export
 from bitnest.api.loading import fit_widths, load
 from bitnest.api.planning import (
     check_plan,
@@ -37,6 +38,7 @@ from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.export.pulling import pull
 from bitnest.export.slicing import slice_artifact
+from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
 from bitnest.statistics import is_statistics
@@ -112,7 +114,7 @@ def compare_formats(
     if gptq and not calibrate:
         raise RecipeError("GPTQ needs inputs, and --no-data has none", hint="leave one out")
     chosen = parse_formats(formats, data=calibrate)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     job = prepare(
         checkpoint,
         Recipe(method="rtn", clip=clip, seed=seed),
@@ -199,7 +201,7 @@ def analyze(
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
     )
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     job = prepare(
         checkpoint,
         recipe,
@@ -278,23 +280,6 @@ def merge_statistics(parts: Sequence[str | Path], out: str | Path) -> Statistics
 
     opened = [Statistics.open(part) for part in parts]
     return merge(opened, Path(out).absolute(), lambda merged: write_report(merged.path))
-
-
-def export(
-    artifact: str | Path, out: str | Path, *, engine: str | None = None, verify: bool = True
-) -> Any:
-    """Write `artifact` as a compressed-tensors directory; see `bitnest.export`.
-
-    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run.
-
-    Raises:
-        BitnestError: not an artifact, or the engine cannot run it.
-    """
-    from bitnest.export.compressed_tensors import export_compressed_tensors
-
-    return export_compressed_tensors(
-        Path(artifact), Path(out).absolute(), engine=engine, verify=verify
-    )
 
 
 def inspect(

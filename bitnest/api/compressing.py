@@ -28,8 +28,8 @@ from bitnest.api.planning import (
 from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
-from bitnest.checkpoint import Checkpoint
 from bitnest.errors import RecipeError, StatisticsError
+from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
 from bitnest.recipe import (
@@ -94,7 +94,8 @@ def compress(
     progress: Progress | None = None,
     announce: Callable[[Planned | None, Preflight], None] | None = None,
 ) -> CompressResult:
-    """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`.
+    """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
+    artifact is read at its widest width, whose own error is added.
 
     bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
     group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`;
@@ -150,7 +151,7 @@ def compress(
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
-        Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code, device=device,
+        open_checkpoint(model), recipe, trust_remote_code=trust_remote_code, device=device,
         memory=memory, compute=compute,
     )  # fmt: skip
     measuring: dict[str, Any] = {

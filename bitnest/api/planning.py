@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnest.checkpoint import Checkpoint, resolve_model
+from bitnest.checkpoint import resolve_model
 from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
 from bitnest.kinds import ENDS
+from bitnest.packed.decoded import open_checkpoint
 from bitnest.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def open_planner(
 
     if job is None:
         recipe = Recipe(format="dense", rules=tuple(Rule.parse(rule) for rule in rules))
-        job = prepare(Checkpoint.open(model), recipe, trust_remote_code=trust_remote_code)
+        job = prepare(open_checkpoint(model), recipe, trust_remote_code=trust_remote_code)
     goal = open_target(target, job.checkpoint.config)
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
     if checked:
@@ -493,7 +494,7 @@ def constraint_cost(
     free = planner.plan(Budget(size=planned.sizes.total, context=context))
     from bitnest.export.plan_targets import open_target
 
-    rules = open_target(target, Checkpoint.open(model).config).rules
+    rules = open_target(target, open_checkpoint(model).config).rules
     return {"free": free.mean, "kl": max(0.0, planned.mean - free.mean), "rules": "; ".join(rules)}
 
 
@@ -516,7 +517,7 @@ def preflight(
     from bitnest.quantize.preflight import preflight as estimate
 
     job = prepare(
-        Checkpoint.open(model),
+        open_checkpoint(model),
         Recipe(format="dense", rules=planned.plan.rules),
         trust_remote_code=trust_remote_code,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from bitnest.cli.dials import remark_nested
 from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ def command(
     target = out or Path(f"{Path(model).name}-statistics")
     if reuse is not None:
         _check_reuse(context, reuse, format)
+    if not quiet:
+        remark_nested(model)
     if reuse is None and not data and not quiet:
         say("analyzing on the embedded text; your own, by --data, says what you will see in use")
     with Bars(quiet) as bars:

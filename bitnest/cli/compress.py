@@ -85,6 +85,9 @@ def command(
 ) -> None:
     """Compress a checkpoint into an artifact that transformers, eval and serve open.
 
+    A nested artifact may stand for its checkpoint: it is decoded at its widest width then, whose
+    own error is added.
+
     A killed run resumes when the same command is given again.
     """
     from bitnest.cli.render import Bars, next_commands, print_json, say, summary
@@ -132,6 +135,8 @@ def command(
         known = known or plan_statistics(Plan.read(values["plan"]), model)
     if not values["data"] and not known and values["method"] != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
+    if not quiet:
+        dials.remark_nested(model)
     if not uniform and not quiet:
         dials.remark(model, values["statistics"])
     with Bars(quiet) as bars:

@@ -80,6 +80,15 @@ def remark(model: str, statistics: Path | None) -> None:
         )
 
 
+def remark_nested(model: str) -> None:
+    """Say that a nested artifact is no original, on stderr."""
+    from bitnest.cli.render import say
+    from bitnest.packed.decoded import decoding_note
+
+    if note := decoding_note(model):
+        say(f"{model} is {note}")
+
+
 def parse_share(text: str | None) -> float | None:
     """A share such as 95% or 0.95.
 

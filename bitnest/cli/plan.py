@@ -141,6 +141,7 @@ def command(
         "min_agreement": dials.parse_share(min_agreement), "context": context,
     }  # fmt: skip
     if not quiet:
+        dials.remark_nested(model)
         dials.remark(model, statistics)
     state = None
     with Bars(quiet) as bars:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from bitnest.artifact import MANIFEST, Artifact, SiteRecord, site_tensors
+from bitnest.checkpoint import config_dtype, main_dtype
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
 from bitnest.export.layouts import packed_format, packed_layout
@@ -41,7 +42,27 @@ from bitnest.kernels.decode import decode
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """How an export's weights were made from a nested artifact.
+
+    decoded: bits that its weights were read at. format, method: as in a recipe. errors: mean
+    relative error by kind of site, against the decoded weights, as a manifest has it.
+    """
+
+    decoded: int
+    format: str
+    method: str
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{kind} {error:.3g}" for kind, error in sorted(self.errors.items()))
+        return (
+            f"requantised ({self.method}) from the {self.decoded}-bit width, whose own error is "
+            f"added; mean relative error against that width: {errors}"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class ExportResult:
     path: the directory. nbytes: of all its files. weights: packed matrices. formats: their formats,
     with counts. verified: matrices decoded from the export and found bit-identical to the
     artifact's; 0 if that was not asked for. verifier: what decoded them. notes: what a person
-    should know before loading it.
+    should know before loading it. requantised: None unless it was made from a nested artifact.
     """
 
     path: Path
@@ -61,6 +82,7 @@ class ExportResult:
     verified: int
     verifier: str
     notes: tuple[str, ...]
+    requantised: Requantised | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -70,7 +92,10 @@ class ExportResult:
         formats = ", ".join(f"{name} x{count}" for name, count in sorted(self.formats.items()))
         proof = f"{self.verified} verified by {self.verifier}" if self.verified else "not verified"
         lines = [f"{self.path}: {self.nbytes:,} bytes, {self.weights} packed weights, {proof}"]
-        return "\n".join([*lines, f"formats: {formats}", *(f"note: {n}" for n in self.notes)])
+        lines.append(f"formats: {formats}")
+        if self.requantised is not None:
+            lines.append(str(self.requantised))
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
 def export_compressed_tensors(
@@ -96,9 +121,9 @@ def export_compressed_tensors(
     check_layout(artifact.records)
     dense = _dense_tensors(artifact)
     dtype = _model_dtype(config, dense)
-    facts = (artifact.records, config, _global_scales(artifact), str(dtype).partition(".")[2])
-    notes = engine_notes(*facts) if engine is None else check_engine(engine, *facts)
-    config["quantization_config"] = quantization_config(artifact.records, _dense_linears(dense))
+    scales = _global_scales(artifact)
+    notes, scheme = check_export(artifact.records, config, dense, engine, scales)
+    config["quantization_config"] = scheme
     _check_scales(artifact, dtype)
     _check_place(artifact, out, dtype)
     if verify:
@@ -119,6 +144,28 @@ def export_compressed_tensors(
     return ExportResult(
         out, nbytes, sum(formats.values()), formats, verified, verifier, tuple(notes)
     )
+
+
+def check_export(
+    records: Sequence[SiteRecord],
+    config: Mapping[str, Any],
+    dense: Mapping[str, TensorInfo],
+    engine: str | None,
+    global_scales: Mapping[str, float],
+) -> tuple[list[str], dict[str, Any]]:
+    """What can be known of an export by the formats of its sites: what a person should know, and
+    its `quantization_config`.
+
+    dense: tensors outside the packed files. engine, global_scales: see `targets.check_engine`.
+
+    Raises:
+        TargetError: a site that the format or the engine cannot take.
+    """
+    check_layout(records)
+    dtype = str(_model_dtype(config, dense)).partition(".")[2]
+    facts = (records, config, global_scales, dtype)
+    notes = engine_notes(*facts) if engine is None else check_engine(engine, *facts)
+    return notes, quantization_config(records, _dense_linears(dense))
 
 
 def _write(
@@ -174,7 +221,7 @@ def _dense_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     return found
 
 
-def _dense_linears(dense: dict[str, TensorInfo]) -> list[str]:
+def _dense_linears(dense: Mapping[str, TensorInfo]) -> list[str]:
     """Modules with a dense 2-D weight: linears, and embeddings, which ignoring does not change."""
     return [
         name.removesuffix(".weight")
@@ -192,21 +239,12 @@ def _other_files(artifact: Artifact) -> list[str]:
     ]
 
 
-def _model_dtype(config: dict[str, Any], dense: dict[str, TensorInfo]) -> torch.dtype:
+def _model_dtype(config: Mapping[str, Any], dense: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type engines will compute in, and so of the scales."""
-    inner = config.get("text_config") or {}
-    for source in (config, inner):
-        name = str(source.get("dtype") or source.get("torch_dtype") or "").removeprefix("torch.")
-        if name in FLOATS:
-            return FLOATS[name]
-    sizes: dict[str, int] = {}
-    for info in dense.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    known = [name for name in sizes if name in names]
-    if not known:
+    found = config_dtype(config) or main_dtype(dense.values())
+    if found is None:
         raise TargetError("config.json does not state the model's dtype", where=CONFIG)
-    return names[max(known, key=sizes.__getitem__)]
+    return found
 
 
 def _global_scales(artifact: Artifact) -> dict[str, float]:

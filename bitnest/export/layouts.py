@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.errors import TargetError
 from bitnest.formats import (
+    AnyFormat,
     BlockFormat,
     LowRankFormat,
     TransformedFormat,
     ZeroFormat,
     parse_format,
+    widths,
 )
 from bitnest.formats.elements import FloatElement, IntElement
 from bitnest.formats.names import E2M1, E4M3
@@ -51,6 +53,10 @@ BLOCK = 128  # rows and columns of an FP8 block
 HINT = (
     "compress with a format that exports, such as int4-g128, fp8-channel, mxfp4 or nvfp4; "
     "or run this artifact with bitnest serve"
+)
+NESTED_HINT = (
+    "bitnest export ARTIFACT --bits 4 -o OUT quantises its widest width anew, as integers "
+    "(adding that width's error: if you have the original, compress that with --format int4-g128)"
 )
 
 
@@ -144,7 +150,7 @@ def _read(record: SiteRecord) -> tuple[BlockFormat, Layout]:
         raise TargetError(
             f"format '{record.format}' does not export: {found}",
             where=record.site.name,
-            hint=HINT,
+            hint=NESTED_HINT if widths(parse_format(record.format)) else HINT,
         )
     return found
 
@@ -178,12 +184,14 @@ def layout_for(fmt: BlockFormat) -> Layout | None:
     return None
 
 
-def _missing(fmt: object) -> str:
+def _missing(fmt: AnyFormat) -> str:
     """What compressed-tensors has no place for."""
     if isinstance(fmt, ZeroFormat):
         return "engines have no format for a matrix that is not there"
     if isinstance(fmt, LowRankFormat):
         return f"compressed-tensors has no tensors for a low-rank residual (+{fmt.kind}{fmt.rank})"
+    if widths(fmt):
+        return "nested codes are no integers on an even grid"
     if isinstance(fmt, TransformedFormat):
         kind = f"@{fmt.kind}{fmt.block or ''}"
         return f"a compressed-tensors weight is stored in its own basis, not transformed ({kind})"

@@ -46,6 +46,7 @@ from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsErro
 from bitnest.formats import AnyFormat, DenseFormat, parse_format, widths
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
+from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows
@@ -152,6 +153,8 @@ def prepare(
     """
     skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     sites = find_sites(skeleton)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        checkpoint.check_sites(sites)
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
     chosen = choose_device(device)
     dtype = _compute_type(compute, checkpoint, chosen)
@@ -481,6 +484,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
             "sha256": fingerprint["source"],
             "bytes": job.checkpoint.nbytes,
             "parameters": sum(_numel(info.shape) for info in job.checkpoint.tensors.values()),
+            **job.checkpoint.origin(),
         },
         "architecture": type(job.skeleton.model).__name__,
         "recipe": job.recipe.to_json(),

@@ -67,7 +67,7 @@ def content_key(source: Path, options: Mapping[str, Any]) -> str:
 def cached_artifact(
     source: Path,
     key: Mapping[str, Any],
-    build: Callable[[Path], None],
+    build: Callable[[Path], object],
     *,
     root: Path | None = None,
 ) -> Path:
@@ -91,7 +91,7 @@ def cached_artifact(
 def cached_export(
     source: Path,
     key: Mapping[str, Any],
-    build: Callable[[Path], None],
+    build: Callable[[Path], object],
     *,
     root: Path | None = None,
 ) -> Path:
