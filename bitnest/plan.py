@@ -30,6 +30,7 @@ import yaml
 
 from bitnest.errors import FormatError, PlanError, RecipeError
 from bitnest.formats import parse_format
+from bitnest.formats.names import parse_widths
 from bitnest.patterns import Names, fold, matcher
 from bitnest.recipe import Rule
 from bitnest.sites import Site
@@ -46,7 +47,7 @@ KEYS: dict[str, type] = {
 POLICIES = (
     "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe",
 )  # fmt: skip
-ASKED = ("bits", "size", "kl", "max_kl", "min_agreement", "context")
+ASKED = ("bits", "size", "kl", "max_kl", "min_agreement", "context", "nested", "base_size")
 HEAD = """\
 # A bitnest plan: the number format of every weight. Rules are read in order and the last one that
 # matches decides; {0,3-5} is any of these numbers; sites without a rule stay dense.
@@ -229,8 +230,17 @@ def _check_value(key: str, value: Any, node: yaml.Node, where: str) -> None:
         if name not in ASKED:
             raise broken(f"unknown dial '{name}' in 'asked'", node, where,
                          "known: " + ", ".join(ASKED))  # fmt: skip
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if name == "nested":
+            _check_widths(number, node, where)
+        elif isinstance(number, bool) or not isinstance(number, int | float):
             raise broken(f"'asked.{name}' must be a number, not {number!r}", node, where)
+
+
+def _check_widths(value: Any, node: yaml.Node, where: str) -> None:
+    try:
+        parse_widths(str(value))
+    except FormatError as error:
+        raise broken(f"'asked.nested': {error.what}", node, where, error.hint) from error
 
 
 def _rule(node: yaml.Node, where: str) -> Rule:

@@ -1,0 +1,358 @@
+"""Widths chosen for a size: at load time from the manifest, and base and top before compressing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bitnest
+from bitnest import api, safetensors_io
+from bitnest.artifact import MANIFEST, Artifact, SiteRecord
+from bitnest.calibrate.predict import Predictor
+from bitnest.calibrate.slopes import read_fit, sensitivity
+from bitnest.errors import BitnestError, FormatError, PlanError, RecipeError, StatisticsError
+from bitnest.formats import cut, parse_format, widths
+from bitnest.formats.names import brief_name
+from bitnest.quantize.allocation.fitting import Fitting, dense_bytes, fit_widths
+from bitnest.quantize.allocation.nesting import Nesting
+from bitnest.recipe_file import left_behind, parse_recipe
+from bitnest.statistics import Statistics
+from tests.tiny import Builder
+
+SMALL: dict[str, Any] = {"samples": 8, "length": 32}
+TOKENS = torch.arange(60)[None] % 50 * 6
+FORMATS = ("int2-g32", "int3-g32", "int4-g32", "int6-g32", "int8-g32")
+
+
+@pytest.fixture(scope="module")
+def moe(tiny: Builder) -> Path:
+    return tiny("qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def found(moe: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return api.analyze(
+        moe, tmp_path_factory.mktemp("s") / "statistics", data=[f"text={text}"], formats=FORMATS,
+        probes=6, probe_windows=2, fisher_windows=2, **SMALL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(found: Statistics, text: Path) -> dict[str, Any]:
+    return {"statistics": found.path, "data": [f"text={text}"], **SMALL}
+
+
+@pytest.fixture(scope="module")
+def artifact(moe: Path, options: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nested") / "out"
+    api.compress(moe, out, nested="2,3,4,6,8", rules=["*.o_proj=int8-g32"], **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def budgeted(moe: Path, options: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("budgeted") / "out"
+    api.compress(moe, out, nested="2,3,4,6,8", size=SIZE, base_size=BASE, group=32, **options)
+    return out
+
+
+SIZE, BASE = 100_000, 48_000
+
+
+def held(model: Any) -> int:
+    """Bytes of tensors in a model."""
+    tensors = {t.data_ptr(): t.nbytes for t in model.parameters()}
+    own = {
+        t.data_ptr(): t.nbytes for _, w in model.bitnest_source.weights for t in w.tensors.values()
+    }
+    return sum({**tensors, **own}.values())
+
+
+def sizes(artifact: Path, points: int = 7) -> list[int]:
+    fitting = Fitting(Artifact.open(artifact))
+    low, high = fitting.smallest, fitting.largest
+    return [low + (high - low) * i // (points - 1) for i in range(points)]
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_losses_follow_errors_so_one_slope_is_enough(found: Statistics) -> None:
+    predictor = Predictor(found)
+    slopes = np.array(list(sensitivity(predictor).slopes.values()))
+    assert slopes.shape == (len(predictor.sites), 1) and (slopes >= 0).all()
+    from bitnest.calibrate.predict import relative_errors
+
+    errors = relative_errors(found)
+    predicted = errors * slopes
+    known = predictor.losses[:, :, 0] > 0
+    ratio = np.log(predicted[known] / predictor.losses[:, :, 0][known])
+    assert np.abs(ratio).mean() < 0.1
+
+
+def test_the_artifact_keeps_the_slopes_and_the_fit(artifact: Path, found: Statistics) -> None:
+    opened, known = Artifact.open(artifact), sensitivity(Predictor(found))
+    fit = read_fit(opened.manifest["sensitivity"])
+    assert fit.kinds == known.fit.kinds
+    assert np.allclose(fit.scales, known.fit.scales, rtol=1e-5)
+    for record in opened.packed():
+        assert np.allclose(record.sensitivity, known.slopes[record.site.name], rtol=1e-5)
+        assert record == SiteRecord.from_json(record.to_json()) or record.sensitivity
+    assert all(not r.sensitivity for r in opened.records if r.format == "dense")
+
+
+def test_artifacts_of_one_width_keep_neither(moe: Path, options: Any, tmp_path: Path) -> None:
+    api.compress(moe, tmp_path / "a", format="int4-g32", **options)
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text(encoding="utf-8"))
+    assert "sensitivity" not in manifest and "predicted" in manifest
+    assert {len(row) for group in manifest["sites"] for row in group["sites"]} == {5}
+
+
+def test_nested_formats_count_as_integers_of_their_width(found: Statistics) -> None:
+    predictor = Predictor(found)
+    for top in (2, 3, 4, 6, 8):
+        name = Nesting((2, 3, 4, 6, 8)).format(2, top)
+        assert predictor.formats[predictor.column(name)] == f"int{top}-g32"
+    with pytest.raises(StatisticsError, match="integers of 5 bits"):
+        predictor.column("nest25-g128")
+    with pytest.raises(StatisticsError, match="int5-g128"):
+        predictor.column("int5-g128")
+
+
+# ---------------------------------------------------------------- a size at load time
+
+
+def test_every_size_is_met_and_the_prediction_falls(artifact: Path) -> None:
+    fitting = Fitting(Artifact.open(artifact))
+    before = float("inf")
+    for size in sizes(artifact):
+        fitted = fitting.fit(size)
+        assert fitted.nbytes <= size and fitted.nbytes > 0.97 * size  # of few and small matrices
+        assert fitted.mean is not None and fitted.mean < before
+        before = fitted.mean
+    assert fitting.fit(1 << 40).nbytes == fitting.largest
+    assert set(fitting.fit(fitting.smallest).widths.values()) == {2}
+
+
+def test_no_single_change_is_better(artifact: Path) -> None:
+    fitting = Fitting(Artifact.open(artifact))
+    objective, menu = fitting.objective, fitting.menu
+    for size in sizes(artifact)[1:-1]:
+        fitted = fitting.fit(size)
+        choice = np.array([fitting.steps.index(fitted.widths[i[0].name]) for i in menu.items])
+        least, spare = objective.mean(choice), size - fitted.nbytes
+        for i in range(len(choice)):
+            for step in range(len(fitting.steps)):
+                other = choice.copy()
+                other[i] = step
+                if menu.nbytes[i, step] - menu.nbytes[i, choice[i]] <= spare:
+                    assert objective.mean(other) >= least * (1 - 1e-6)
+
+
+def test_better_than_one_width_at_its_bytes(artifact: Path) -> None:
+    fitting = Fitting(Artifact.open(artifact))
+    menu = fitting.menu
+    for step in range(1, len(fitting.steps) - 1):
+        uniform = np.full(len(menu.items), step)
+        nbytes = fitting.resident + int(menu.nbytes[:, step].sum())
+        fitted = fitting.fit(nbytes)
+        assert fitted.mean is not None
+        assert fitted.mean <= fitting.objective.mean(uniform) * (1 + 1e-9)
+
+
+def test_what_is_loaded_is_what_was_chosen(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Artifact.open(artifact)
+    read = 0
+    real = safetensors_io.read_tensor
+
+    def counting(info: Any) -> torch.Tensor:
+        nonlocal read
+        tensor = real(info)
+        read += tensor.nbytes
+        return tensor
+
+    monkeypatch.setattr("bitnest.artifact.read_tensor", counting)
+    size = sizes(artifact)[2]
+    fitted = bitnest.fit_widths(artifact, size)
+    assert fitted == fit_widths(opened, size)
+    model = bitnest.load(artifact, size=size)
+    assert read == fitted.nbytes - dense_bytes(opened)
+    assert held(model) == fitted.nbytes <= size
+    by_name = {record.site.name: weight for record, weight in model.bitnest_source.weights}
+    for name, width in fitted.widths.items():
+        assert widths(by_name[name].fmt)[-1] == width
+    again = bitnest.load(artifact, bits=fitted.widths)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
+        model.set_bits(None)
+        assert torch.equal(model(TOKENS).logits, bitnest.load(artifact)(TOKENS).logits)
+
+
+def test_without_statistics_errors_decide(moe: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    api.compress(moe, out, format="nest248-g32", data=[str(text)], **SMALL)
+    fitting = Fitting(Artifact.open(out))
+    middle = (fitting.smallest + fitting.largest) // 2
+    fitted = fitting.fit(middle)
+    assert fitted.kl is None and fitted.mean is None and fitted.nbytes <= middle
+    assert {2, 8} & set(fitted.widths.values()) and len(set(fitted.widths.values())) > 1
+    assert fitted.to_json()["kl_mean"] is None
+
+
+def test_planes_that_are_not_there_are_not_chosen(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(artifact, part)
+    for file in part.glob("packed-00001-*.w6.safetensors"):
+        file.unlink()
+    fitted = bitnest.fit_widths(part, 1 << 40)
+    first = {n: w for n, w in fitted.widths.items() if n.startswith("model.layers.0.")}
+    assert set(first.values()) == {4}  # 8 needs the planes of 6
+    assert set(fitted.widths.values()) == {4, 8}
+    bitnest.load(part, size=1 << 40)
+
+
+def test_sizes_that_cannot_be(artifact: Path, moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="narrowest widths") as caught:
+        bitnest.load(artifact, size="1KB")
+    smallest = Fitting(Artifact.open(artifact)).smallest
+    assert str(smallest) in (caught.value.hint or "")
+    with pytest.raises(RecipeError, match="both"):
+        bitnest.load(artifact, size="1GB", bits=4)
+    with pytest.raises(RecipeError, match="one width"):
+        bitnest.load(moe, size="1GB")
+    with pytest.raises(RecipeError, match="not a size"):
+        bitnest.load(artifact, size="much")
+
+
+def test_a_row_for_every_size(artifact: Path, moe: Path, text: Path) -> None:
+    asked = [sizes(artifact)[1], sizes(artifact)[4]]
+    found = api.evaluate(
+        [artifact], against=moe, data=[f"t={text}"], sizes=asked, window=32, windows=4
+    )
+    assert len(found.rows) == 3
+    for size, row in zip(asked, found.rows[1:], strict=True):
+        fitted = bitnest.fit_widths(artifact, size)
+        assert row.nbytes == fitted.nbytes and f"{fitted.nbytes:,}" in row.model
+    kl = [row.scores[0].kl for row in found.rows[1:]]
+    assert kl[0] is not None and kl[1] is not None and kl[1].mean < kl[0].mean
+    with pytest.raises(BitnestError, match=r"leave out one|both"):
+        api.evaluate([artifact], data=[f"t={text}"], sizes=asked, bits=(2,), window=32, windows=4)
+    with pytest.raises(RecipeError, match="nested"):
+        api.evaluate([moe], data=[f"t={text}"], sizes=asked, window=32, windows=4)
+
+
+# ---------------------------------------------------------------- base and top
+
+
+def test_base_and_top_fit_their_budgets(budgeted: Path) -> None:
+    opened, fitting = Artifact.open(budgeted), Fitting(Artifact.open(budgeted))
+    files = sum(file.stat().st_size for file in budgeted.iterdir())
+    assert 0.98 * SIZE < files <= SIZE
+    assert 0.95 * BASE < fitting.smallest <= BASE
+    formats = [parse_format(record.format) for record in opened.packed()]
+    bases = {widths(fmt)[0] for fmt in formats}
+    tops = {widths(fmt)[-1] for fmt in formats}
+    assert len(bases) > 1 and len(tops) > 1
+    for fmt in formats:
+        assert widths(fmt) == tuple(
+            w for w in (2, 3, 4, 6, 8) if widths(fmt)[0] <= w <= widths(fmt)[-1]
+        )
+    assert opened.manifest["plan"]["asked"]["base_size"] == BASE
+    assert opened.manifest["resolved"]["nested"] == "2,3,4,6,8"
+
+
+def test_it_loads_from_its_base_to_its_top(budgeted: Path) -> None:
+    fitting = Fitting(Artifact.open(budgeted))
+    model = bitnest.load(budgeted, size=fitting.smallest)
+    assert held(model) == fitting.smallest
+    with torch.no_grad():
+        low = model(TOKENS).logits
+        model.set_bits(None)
+        assert held(model) == fitting.largest
+        assert not torch.equal(low, model(TOKENS).logits)
+    with pytest.raises(FormatError, match="begins at"):
+        bitnest.load(budgeted, bits=2)  # not every weight has these
+
+
+def test_the_recipe_of_a_budgeted_artifact_makes_it_again(
+    budgeted: Path, moe: Path, options: Any, tmp_path: Path
+) -> None:
+    resolved = Artifact.open(budgeted).manifest["resolved"]
+    values = parse_recipe(json.dumps(resolved))
+    values["data"] = options["data"]
+    api.compress(moe, tmp_path / "again", **values, group=32, statistics=options["statistics"])
+    for file in budgeted.glob("packed-*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_plan_of_nested_weights_is_carried_out(
+    moe: Path, found: Statistics, options: Any, tmp_path: Path
+) -> None:
+    planned = api.plan(
+        moe, statistics=found.path, nested="2,3,4,6,8", size=SIZE, base_size=BASE, group=32
+    )
+    assert planned.sizes.artifact <= SIZE and planned.mean > 0
+    planned.plan.write(tmp_path / "p.yaml")
+    checked = api.check_plan(
+        moe, type(planned.plan).read(tmp_path / "p.yaml"), statistics=found.path
+    )
+    assert checked.mean == pytest.approx(planned.mean, rel=1e-6)
+    done = api.compress(moe, tmp_path / "a", plan=tmp_path / "p.yaml", **options)
+    chosen = planned.menu.plan(planned.choice)
+    packed = {record.site.name: record.format for record in Artifact.open(done.path).packed()}
+    assert packed == chosen
+    labels = {group.format for group in done.groups}
+    assert labels and all(label == brief_name(label) for label in labels)
+
+
+def test_without_a_base_size_all_begin_at_the_narrowest(moe: Path, found: Statistics) -> None:
+    planned = api.plan(moe, statistics=found.path, nested="2,3,4,6,8", bits=4.0)
+    formats = {rule.format for rule in planned.plan.rules if rule.format != "dense"}
+    assert {widths(parse_format(name))[0] for name in formats} == {2}
+    assert planned.bits == pytest.approx(4.0, abs=0.1) and planned.bits <= 4.0
+
+
+def test_rules_stand_beside_nested_weights(moe: Path, found: Statistics) -> None:
+    planned = api.plan(
+        moe, statistics=found.path, nested="2-4", bits=5.0,
+        rules=["*.o_proj=int8-g32", "*.q_proj=dense"],
+    )  # fmt: skip
+    formats = planned.menu.plan(planned.choice)
+    assert {n for s, n in formats.items() if s.endswith("o_proj")} == {"int8-g32"}
+    assert {n for s, n in formats.items() if s.endswith("q_proj")} <= {"dense"}
+    assert all(n.startswith("nest") for s, n in formats.items() if "experts" in s)
+
+
+@pytest.mark.parametrize("base", [1000, 0])
+def test_bases_that_cannot_be(moe: Path, found: Statistics, base: int) -> None:
+    with pytest.raises(RecipeError, match="base size"):
+        api.plan(moe, statistics=found.path, nested="2-4", bits=3.0, base_size=base)
+
+
+def test_recipes_know_nested() -> None:
+    values = parse_recipe("budget: {size: 12GiB}\nnested: 2-8\nbase_size: 6GiB\n")
+    assert values == {"size": 12 << 30, "nested": "2-8", "base_size": 6 << 30}
+    assert parse_recipe("nested: 4\n") == {"nested": "4"}
+    with pytest.raises(PlanError, match="list of widths"):
+        parse_recipe("nested: 2-9\n")
+    assert {"nested", "base_size"} <= left_behind({"format"})
+    assert "format" in left_behind({"nested"}) and "size" not in left_behind({"nested"})
+
+
+def test_names_for_tables() -> None:
+    assert brief_name("nest2345-g128@had64") == "nest..5-g128@had64"
+    assert brief_name("stack12-r1") == "stack..2-r1"
+    for name in ("int4-g128", "nest4-g128", "dense"):
+        assert brief_name(name) == name
+
+
+def test_cut_of_a_planned_format_is_a_prefix() -> None:
+    fmt = parse_format(Nesting((2, 3, 4, 8)).format(3, 8))
+    assert widths(fmt) == (3, 4, 8) and cut(fmt, 5).name == Nesting((2, 3, 4, 8)).format(3, 4)
