@@ -8,6 +8,7 @@ head stay dense unless a rule names them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -57,6 +58,8 @@ class Recipe:
     diagonal added to H. weighting: tokens' weights in an expert's H. min_tokens: tokens under which
     an expert's H leans on its layer's inputs; None: as many as the expert has input channels.
     clip: search the clipping ratio of every scale. seed: of the choice of calibration windows.
+    width_weights: (width, how much its error counts) in nested codes of kind nest and mat, 1 for
+    others.
     """
 
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
@@ -67,6 +70,7 @@ class Recipe:
     min_tokens: int | None = None
     clip: bool = True
     seed: int = 0
+    width_weights: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         parse_format(self.format)
@@ -84,6 +88,14 @@ class Recipe:
                 f"an expert needs at least one token, not {self.min_tokens}",
                 hint="--min-tokens 1 trusts the Hessian of every expert that saw a token",
             )
+        for width, weight in self.width_weights:
+            if not (1 <= width <= 8 and 0 < weight < math.inf):
+                raise RecipeError(
+                    f"width {width} cannot count {weight:g} times",
+                    hint="--width-weight 3=4: a width of 1 to 8 bits, a number above 0",
+                )
+        if len({width for width, _ in self.width_weights}) < len(self.width_weights):
+            raise RecipeError("a width has two weights", hint="--width-weight once for each")
         if not 0 <= self.seed < 1 << 63:
             raise RecipeError(f"a seed is a whole number from 0 to 2^63 - 1, not {self.seed}")
         if not 0 < self.damp < 1:
@@ -128,7 +140,25 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and the fingerprint."""
-        return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+        values = {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+        if not self.width_weights:
+            del values["width_weights"]
+        return values
+
+
+def parse_width_weight(text: str) -> tuple[int, float]:
+    """A weight spelt WIDTH=WEIGHT.
+
+    Raises:
+        RecipeError: not of that form.
+    """
+    width, _, weight = text.partition("=")
+    try:
+        return int(width), float(weight)
+    except ValueError as error:
+        raise RecipeError(
+            f"a weight reads WIDTH=WEIGHT, not '{text}'", hint="for example --width-weight 3=4"
+        ) from error
 
 
 def resolved(
@@ -150,6 +180,8 @@ def resolved(
     fit = {key: getattr(recipe, key) for key in ("method", "damp", "weighting", "clip")}
     if recipe.min_tokens is not None:
         fit["min_tokens"] = recipe.min_tokens
+    if recipe.width_weights:
+        fit["width_weights"] = [f"{width}={weight:g}" for width, weight in recipe.width_weights]
     data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
     return {
         **({"format": recipe.format} if dial is None else dial),

@@ -10,6 +10,7 @@
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}
+                                   width_weights: [3=4] where weights are nested
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
 
@@ -30,7 +31,7 @@ from bitnest.errors import BitnestError, PlanError
 from bitnest.formats import parse_format
 from bitnest.patterns import matcher
 from bitnest.plan import POLICIES
-from bitnest.recipe import Recipe, Rule
+from bitnest.recipe import Recipe, Rule, parse_width_weight
 from bitnest.targets import TARGETS
 from bitnest.yaml_lines import broken, items, pair, plain, top_level
 
@@ -109,6 +110,11 @@ def _widths(value: Any) -> str:
     return text
 
 
+def _width_weight(value: Any) -> str:
+    Recipe(width_weights=(parse_width_weight(_word(value)),))
+    return str(value)
+
+
 def _fits(name: str, parse: Parse) -> Parse:
     """A value that a `Recipe` takes."""
 
@@ -150,6 +156,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
         "method": ("method", _fits("method", _word)), "damp": ("damp", _fits("damp", _number)),
         "weighting": ("weighting", _fits("weighting", _word)),
         "min_tokens": ("min_tokens", _fits("min_tokens", _whole)), "clip": ("clip", _flag),
+        "width_weights": ("width_weights", _width_weight),
     },
     "data": {
         "texts": ("data", _word), "samples": ("samples", _from(1)), "length": ("length", _from(2)),
@@ -162,7 +169,7 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "format": ("format", _format), "check": ("check", _word),
     "nested": ("nested", _widths), "base_size": ("base_size", _size),
 }  # fmt: skip
-LISTS = {"candidates", "check", "data.texts"}  # of such values
+LISTS = {"candidates", "check", "data.texts", "fit.width_weights"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
 LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to

@@ -356,3 +356,35 @@ def test_names_for_tables() -> None:
 def test_cut_of_a_planned_format_is_a_prefix() -> None:
     fmt = parse_format(Nesting((2, 3, 4, 8)).format(3, 8))
     assert widths(fmt) == (3, 4, 8) and cut(fmt, 5).name == Nesting((2, 3, 4, 8)).format(3, 4)
+
+
+# ---------------------------------------------------------------- how much a width counts
+
+
+def test_a_width_that_counts_more_is_better(moe: Path, options: Any, tmp_path: Path) -> None:
+    def mean_errors(name: str, **more: Any) -> np.ndarray:
+        api.compress(moe, tmp_path / name, format="nest248-g32", **options, **more)
+        records = Artifact.open(tmp_path / name).packed()
+        return np.log([record.errors for record in records]).mean(axis=0)
+
+    even, narrow = mean_errors("even"), mean_errors("narrow", width_weights=["2=200"])
+    assert narrow[0] < even[0] and narrow[2] > even[2]
+    resolved = Artifact.open(tmp_path / "narrow").manifest["resolved"]
+    assert parse_recipe(json.dumps(resolved))["width_weights"] == ["2=200"]
+    assert "width_weights" not in Artifact.open(tmp_path / "even").manifest["recipe"]
+
+
+@pytest.mark.parametrize("weight", ["3", "x=2", "9=1", "3=0", "3=-1", "3=nan", "3=inf"])
+def test_weights_that_are_none(moe: Path, tmp_path: Path, weight: str) -> None:
+    with pytest.raises(RecipeError):
+        api.compress(moe, tmp_path / "a", nested="2-4", width_weights=[weight])
+    with pytest.raises(PlanError):
+        parse_recipe(f'fit: {{width_weights: ["{weight}"]}}')
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_for_nested_formats(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing is nested"):
+        api.compress(moe, tmp_path / "a", format="int4-g32", width_weights=["3=2"])
+    with pytest.raises(RecipeError, match="two weights"):
+        api.compress(moe, tmp_path / "a", nested="2-4", width_weights=["3=2", "3=4"])

@@ -29,6 +29,7 @@ from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
 from bitnest.errors import RecipeError, StatisticsError
+from bitnest.formats import widths
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
@@ -39,6 +40,7 @@ from bitnest.recipe import (
     Recipe,
     Rule,
     default_format,
+    parse_width_weight,
     resolved,
 )
 from bitnest.statistics import Statistics, is_statistics
@@ -84,6 +86,7 @@ def compress(
     damp: float = 0.03,
     min_tokens: int | None = None,
     clip: bool = True,
+    width_weights: Sequence[str] = (),
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
@@ -106,11 +109,12 @@ def compress(
     overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
     the embedded text. rtn reads no text unless a format is fitted to inputs.
     samples, length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed:
-    see `Recipe`. memory: bytes the process may use. compute: type samples are calibrated in, see
-    `quantize.compress.prepare`. statistics: directory that `analyze` wrote of this model; a budget
-    without one measures `<model>-statistics` first, a plan without one looks there for those it was
-    made of. fresh: forget an unfinished run instead of resuming it. announce: called with the plan,
-    where one was made, and what it will take, before it is carried out.
+    see `Recipe`. width_weights: `3=4`, see there too. memory: bytes the process may use. compute:
+    type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory that
+    `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
+    without one looks there for those it was made of. fresh: forget an unfinished run instead of
+    resuming it. announce: called with the plan, where one was made, and what it will take, before
+    it is carried out.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -140,6 +144,7 @@ def compress(
     recipe = Recipe(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
+        width_weights=tuple(map(parse_width_weight, width_weights)),
     )  # fmt: skip
     maker = Maker(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
@@ -160,6 +165,9 @@ def compress(
         "memory": memory, "device": device, "compute": compute,
         "trust_remote_code": trust_remote_code, "progress": progress,
     }  # fmt: skip
+    if width_weights and nesting is None and plan is None and not nested_formats(job):
+        raise RecipeError("nothing is nested: widths have no weights",
+                          hint="--nested 2-8, or leave out --width-weight")  # fmt: skip
     given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     before: list[Preflight] = []
 
@@ -228,6 +236,11 @@ def compress(
     return replace(
         result, forecast=result.forecast or forecast.to_json(), peak_memory=peak_resident()
     )
+
+
+def nested_formats(job: Job) -> bool:
+    """Whether any weight is to be nested."""
+    return any(widths(fmt) for fmt in job.formats.values())
 
 
 def plan_statistics(plan: Plan, model: str | Path) -> Path | None:

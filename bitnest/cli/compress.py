@@ -66,6 +66,11 @@ def command(
         None, "--min-tokens", help="Tokens an expert needs before its own Hessian is trusted alone."
     ),
     damp: float = typer.Option(0.03, "--damp", help="Share of mean diag(H) added to it."),
+    width_weight: list[str] = typer.Option(
+        [],
+        "--width-weight",
+        help="WIDTH=WEIGHT: how much a width's error counts in nested codes (default: 1 each).",
+    ),
     clip: bool = typer.Option(True, "--clip/--no-clip", help="Search the clipping of every scale."),
     seed: int = typer.Option(0, "--seed", min=0, help="Choice of calibration windows."),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
@@ -105,13 +110,20 @@ def command(
         "ends": ends, "exact": exact, "check": check, "method": method,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "data": data,
         "samples": samples, "length": length, "weighting": weighting, "damp": damp,
-        "min_tokens": min_tokens, "clip": clip, "seed": seed, "memory": parse_size(memory),
-        "compute": compute, "statistics": statistics,
+        "min_tokens": min_tokens, "clip": clip, "width_weights": width_weight, "seed": seed,
+        "memory": parse_size(memory), "compute": compute, "statistics": statistics,
     }  # fmt: skip
     if recipe is not None:
         from bitnest.recipe_file import read_recipe
 
-        given = given_options(call, {"rules": ("rule", "keep"), "candidates": ("candidate",)})
+        given = given_options(
+            call,
+            {
+                "rules": ("rule", "keep"),
+                "candidates": ("candidate",),
+                "width_weights": ("width_weight",),
+            },
+        )
         values = {**values, **read_recipe(recipe, skip=given)}
 
     def announce(planned: Any, before: Any) -> None:

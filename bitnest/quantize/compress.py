@@ -238,7 +238,7 @@ class _Run:
         half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         options = Options(
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
-            half,
+            half, recipe.width_weights,
         )  # fmt: skip
         self.options = options
         self.solver = BlockSolver(job.formats, options, self._parameter)

@@ -32,13 +32,14 @@ from typing import Any
 import torch
 
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.formats import AnyFormat, DenseFormat, widths
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import WORK, WORKING_COPIES, resident_bytes
 from bitnest.quantize.sizing import Sizes, cache_bytes
 
 OVERHEAD = 2.5  # of a run over its products alone; measured on models of 4 to 22 M parameters
 GPTQ_FLOPS = 3.0  # per O I^2, the sweep's updates and the error; I^3 apart
+NESTING = 5e-6  # seconds a weight for codes of all widths; measured on 22 M parameters
 PACKING = 200e6  # bytes of source a second, rounded with clipping; docs/performance.md
 LIBRARIES = 200 << 20  # bytes that libraries take once they run; measured on the embedded model
 PROMPT, ANSWER = 512, 128  # tokens, for the offloading bound
@@ -125,7 +126,9 @@ def preflight(
         disk=sizes.artifact,
         free=None if out is None else free_bytes(out),
         memory=peak_memory(job, samples, length),
-        seconds=flops(job, samples, length) / product_rate() * OVERHEAD + packing_seconds(job),
+        seconds=flops(job, samples, length) / product_rate() * OVERHEAD
+        + packing_seconds(job)
+        + nesting_seconds(job, samples),
         active=active,
         speeds=tuple(_speed(job, m, sizes, active) for m in machines),
     )
@@ -277,6 +280,12 @@ def flops(job: Job, samples: int, length: int) -> float:
 def packing_seconds(job: Job) -> float:
     """Rounding to nearest and packing."""
     return sum(site.numel for site in job.sites) * job.itemsize / PACKING
+
+
+def nesting_seconds(job: Job, samples: int) -> float:
+    """Choosing codes that serve several widths, where samples say how."""
+    nested = [site.numel for site in job.sites if widths(job.formats[site.name])]
+    return sum(nested) * NESTING if samples else 0.0
 
 
 def peak_memory(job: Job, samples: int, length: int) -> int:

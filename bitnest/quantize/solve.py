@@ -51,7 +51,7 @@ class Options:
 
     method: gptq or rtn. damp: see gptq. weighting: tokens' weights in an expert's H. min_tokens:
     tokens under which an expert's H leans on the layer's; None: its number of input channels.
-    clip: search clipping ratios. half: stored type of 16-bit scales.
+    clip: search clipping ratios. half: stored type of 16-bit scales. width_weights: see `Recipe`.
     """
 
     method: str = "gptq"
@@ -60,6 +60,7 @@ class Options:
     min_tokens: int | None = None
     clip: bool = True
     half: torch.dtype = torch.bfloat16
+    width_weights: tuple[tuple[int, float], ...] = ()
 
 
 class Solution(Protocol):
@@ -133,7 +134,8 @@ def solve(
         return _solve_block(weight, hessian, fmt, options)
     if isinstance(fmt, NestedFormat):
         h = None if options.method == "rtn" else hessian
-        return solve_nested(weight, h, fmt, half=options.half, damp=options.damp)
+        weights = dict(options.width_weights)
+        return solve_nested(weight, h, fmt, half=options.half, damp=options.damp, weights=weights)
     if isinstance(fmt, LowRankFormat):
         return _solve_low_rank(weight, hessian, fmt, options)
     kinds = {"awq": _awq, "perm": _permuted, "had": _hadamard, "rhad": _hadamard}
