@@ -407,6 +407,11 @@ def test_widths_by_site(artifact: Path) -> None:
     assert [by_name[n].partition("-")[0] for n in names[:3]] == ["nest2", "nest23", "nest2348"]
     with pytest.raises(RecipeError, match="no nested site"):
         bitnest.load(artifact, bits={"nobody": 2})
+    model = bitnest.load(artifact, bits={"*.experts.*": 2, "*.down_proj": 3, "kind:attention": 4})
+    for record, weight in model.bitnest_source.weights:
+        name, kind = record.site.name, record.site.kind
+        wanted = 4 if kind == "attention" else 3 if name.endswith("down_proj") else 2
+        assert name.endswith("o_proj") or widths(weight.fmt)[-1] == wanted
 
 
 def test_a_missing_plane_spoils_only_its_width(artifact: Path, tmp_path: Path) -> None:

@@ -277,8 +277,15 @@ def test_it_loads_from_its_base_to_its_top(budgeted: Path) -> None:
         model.set_bits(None)
         assert held(model) == fitting.largest
         assert not torch.equal(low, model(TOKENS).logits)
+    narrow = bitnest.load(budgeted, bits=2)  # what begins later is read from its beginning on
+    assert held(narrow) == fitting.smallest
     with pytest.raises(FormatError, match="begins at"):
-        bitnest.load(budgeted, bits=2)  # not every weight has these
+        bitnest.load(budgeted, bits=1)
+    late = next(
+        r for r in Artifact.open(budgeted).packed() if widths(parse_format(r.format))[0] > 2
+    )
+    with pytest.raises(FormatError, match="begins at"):
+        bitnest.load(budgeted, bits={late.site.name: 2})
 
 
 def test_the_recipe_of_a_budgeted_artifact_makes_it_again(

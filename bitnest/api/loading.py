@@ -30,10 +30,11 @@ def load(
 ) -> PreTrainedModel:
     """The model in `model` (artifact, checkpoint directory, hub id or `demo`), in eval mode.
 
-    bits: width at which nested weights are read, for all or by site; only their planes are. size:
-    bytes, or `2GiB`, that all weights may take instead: `fit_widths` chooses. None of both: whole.
-    dtype: compute type of what is not packed, and of what packed weights decode to. A model from an
-    artifact has `set_bits`, which raises or lowers it in place.
+    bits: width at which nested weights are read, for all or by site or pattern
+    (`{"kind:attention": 8, "*.experts.*": 3}`); only their planes are. size: bytes, or `2GiB`,
+    that all weights may take instead: `fit_widths` chooses. None of both: whole. dtype: compute
+    type of what is not packed, and of what packed weights decode to. A model from an artifact has
+    `set_bits`, which raises or lowers it in place.
 
     Raises:
         CheckpointError, ArtifactError: the directory cannot be loaded.

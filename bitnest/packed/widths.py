@@ -6,7 +6,7 @@ call (`at_widths`), and the quantizer asks (`loaded_formats`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from bitnest.artifact import Artifact, SiteRecord, site_tensors
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import AnyFormat, cut, parse_format, widths
 from bitnest.packed.modules import PackedWeight
+from bitnest.patterns import Names
 
-Widths = int | Mapping[str, int]  # of all sites, or by site name
+Widths = int | Mapping[str, int]  # of all sites, or by site name or pattern
 
 _wanted: ContextVar[Widths | None] = ContextVar("bitnest_widths", default=None)
 
@@ -46,11 +47,13 @@ def nested_widths(artifact: Artifact) -> tuple[int, ...]:
 
 
 def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyFormat]:
-    """Format of every packed site as it is to be read; nested ones cut at `bits`.
+    """Format of every packed site as it is to be read; nested ones cut at `bits`. One width for all
+    leaves sites that begin beyond it at their narrowest, where others begin earlier.
 
     Raises:
-        RecipeError: nothing in the artifact is nested, a site that is not, or no bits at all.
-        FormatError: narrower than a site's narrowest width.
+        RecipeError: nothing in the artifact is nested, or a site that is not.
+        FormatError: narrower than a site's narrowest width, or with one width for all, than that of
+            every site.
     """
     formats = {r.site.name: parse_format(r.format) for r in artifact.packed()}
     if bits is None:
@@ -63,18 +66,39 @@ def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyForm
             hint="leave out --bits, or compress with --nested 2-8",
         )
     if not isinstance(bits, int):
-        unknown = sorted(set(bits) - nested)
-        if unknown:
-            raise RecipeError(
-                f"'{unknown[0]}' is no nested site of this artifact",
-                where=str(artifact.path),
-                hint="bitnest inspect lists the sites",
-            )
+        bits = by_site(artifact, nested, bits)
+    least = {name: widths(formats[name])[0] for name in nested}
     for name in nested:
         width = bits if isinstance(bits, int) else bits.get(name)
+        if isinstance(bits, int) and bits >= min(least.values()):
+            width = max(bits, least[name])
         if width is not None:
             formats[name] = cut(formats[name], width)
     return formats
+
+
+def by_site(
+    artifact: Artifact, nested: Collection[str], bits: Mapping[str, int]
+) -> Mapping[str, int]:
+    """Widths by site of widths by site or pattern; a later pattern wins.
+
+    Raises:
+        RecipeError: one that is and matches no nested site.
+    """
+    if set(nested) >= bits.keys():
+        return bits
+    names = Names([record.site for record in artifact.records])
+    found: dict[str, int] = {}
+    for pattern, width in bits.items():
+        hits = [name for name in names.matching(pattern) if name in nested]
+        if not hits:
+            raise RecipeError(
+                f"'{pattern}' is no nested site of this artifact",
+                where=str(artifact.path),
+                hint="bitnest inspect lists the sites; patterns are those of --rule",
+            )
+        found.update(dict.fromkeys(hits, width))
+    return found
 
 
 @dataclass
