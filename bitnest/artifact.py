@@ -18,21 +18,24 @@ docs/format.md.
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat, parse_format, refinement
+from bitnest.manifest import (
+    FILE_NAME,
+    MANIFEST,
+    SiteRecord,
+    manifest_text,
+    parse_records,
+    read_manifest,
+)
+from bitnest.planes import join_streams, plane_file, plane_width, split_streams
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
-from bitnest.sites import Site
 from bitnest.workdir import (
     Workdir,
     in_the_way,
@@ -43,75 +46,12 @@ from bitnest.workdir import (
     write_text,
 )
 
-FORMAT_VERSION = 2
-MANIFEST = "bitnest.json"
 SHARD_BYTES = 1 << 30
-FILE_NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # hidden ones are for bookkeeping
-SHA256 = re.compile(r"[0-9a-f]{64}")
-DIGITS = 6  # of a site's error in the manifest
-# what sites of one group do not share; the last may be left out
-OWN = ("expert", "format", "nbytes", "error", "tokens", "sensitivity")
 COPIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*",
     "generation_config.json", "*.model", "LICENSE*",
     "*.py",  # a model's own code, which runs only for those who allow it
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """One site as stored: its address, format and loss.
-
-    nbytes: bytes of its tensors. error: relative output error on the calibration text (relative
-    weight error for rtn). tokens: calibration tokens it saw, None without calibration. file: the
-    packed file that holds it; empty when it stays among the dense tensors, or is zero and has none.
-    narrower: of a nested format, the error at every width below its widest. sensitivity: nats of
-    KL that a unit of error is predicted to cost, by text (manifest key `sensitivity`); in nested
-    artifacts made with statistics, else empty.
-    """
-
-    site: Site
-    format: str
-    nbytes: int
-    error: float
-    tokens: int | None
-    file: str
-    narrower: tuple[float, ...] = ()
-    sensitivity: tuple[float, ...] = ()
-
-    @property
-    def errors(self) -> tuple[float, ...]:
-        """At every width of a nested format, narrowest first; of others the one there is."""
-        return (*self.narrower, self.error)
-
-    def files(self, fmt: AnyFormat) -> list[str]:
-        """Files that hold its parts; fmt: its format, or that cut at a width."""
-        if not self.file:
-            return []
-        planes = {refinement(fmt, part) for part in fmt.parts(self.site.shape)}
-        return [plane_file(self.file, width) for width in sorted(planes, key=lambda w: w or 0)]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the site's fields are merged in."""
-        record = asdict(self)
-        del record["narrower"]
-        errors = [rounded(e) for e in self.errors]
-        record["error"] = errors if self.narrower else errors[0]
-        record["sensitivity"] = [rounded(s) for s in self.sensitivity]
-        return {**record.pop("site"), **record}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> SiteRecord:
-        """The inverse of `to_json`."""
-        fields = dict(record)
-        own = {k: fields.pop(k) for k in ("format", "nbytes", "error", "tokens", "file")}
-        own["sensitivity"] = tuple(fields.pop("sensitivity", ()))
-        fields["shape"] = tuple(fields["shape"])
-        if isinstance(own["error"], list):
-            *narrower, own["error"] = own["error"]
-            own["narrower"] = tuple(narrower)
-        fields["rows"] = tuple(fields["rows"]) if fields["rows"] else None
-        return cls(site=Site(**fields), **own)
 
 
 @dataclass(frozen=True)
@@ -136,7 +76,7 @@ class Artifact:
             ArtifactError: not an artifact, another version, or damaged.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         records = parse_records(manifest, str(path / MANIFEST))
         absent: dict[str, str] = {}
         for name, entry in manifest["files"].items():
@@ -227,11 +167,6 @@ class Artifact:
             )
 
 
-def rounded(value: float) -> float:
-    """A figure as the manifest has it."""
-    return float(f"{value:.{DIGITS}g}")
-
-
 def is_artifact(path: Path) -> bool:
     """Whether the directory claims to be a bitnest artifact."""
     return (path / MANIFEST).is_file()
@@ -254,141 +189,9 @@ def site_tensors(
     }
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise no_manifest(str(path)) from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read: {error.strerror}", where=str(file)) from error
-    return parse_manifest(data, str(file))
-
-
-def no_manifest(where: str) -> ArtifactError:
-    """The error for a place that is no artifact."""
-    return ArtifactError(
-        f"not a bitnest artifact: no {MANIFEST}",
-        where=where,
-        hint="bitnest compress MODEL -o OUT makes one",
-    )
-
-
-def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
-    """The manifest in `data`, which lies at `where`.
-
-    Raises:
-        ArtifactError: damaged, of another version, or it lists files outside its directory.
-    """
-    try:
-        manifest = json.loads(data)
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(
-            "the manifest is damaged", where=where, hint="copy the artifact again, whole"
-        ) from error
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise ArtifactError(
-            f"artifact format {version}, this bitnest reads {FORMAT_VERSION}",
-            where=where,
-            hint="upgrade bitnest" if newer else "compress the model again",
-        )
-    _check_files(manifest, where)
-    assert isinstance(manifest, dict)
-    return manifest
-
-
-def _check_files(manifest: dict[str, Any], where: str) -> None:
-    """An artifact is flat: a name with a directory in it would be read, sliced or pulled to a place
-    that is none of its business."""
-    try:
-        for name, entry in manifest["files"].items():
-            if not FILE_NAME.fullmatch(name) or name.casefold() == MANIFEST:
-                raise ArtifactError(
-                    f"the manifest lists {name!r}, which is no name of a file beside it",
-                    where=where,
-                    hint="nothing was read or written; do not trust where this came from",
-                )
-            if type(entry["bytes"]) is not int or entry["bytes"] < 0:
-                raise ValueError(f"bytes of {name}")
-            if not SHA256.fullmatch(entry["sha256"]):
-                raise ValueError(f"sha256 of {name}")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _incomplete(where) from error
-
-
-def parse_records(manifest: Mapping[str, Any], where: str) -> tuple[SiteRecord, ...]:
-    """Every site of a manifest that lies at `where`.
-
-    Raises:
-        ArtifactError: something is missing, or a site lies in a file that is not listed.
-    """
-    try:
-        records = tuple(SiteRecord.from_json(item) for item in unfold(manifest["sites"]))
-        lost = [r.site.name for r in records if r.file and r.file not in manifest["files"]]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _incomplete(where) from error
-    if lost:
-        raise _incomplete(where)
-    return records
-
-
-def _incomplete(where: str) -> ArtifactError:
-    return ArtifactError(
-        "the manifest is incomplete",
-        where=where,
-        hint="copy the artifact again, or compress again",
-    )
-
-
 def pulling(path: Path) -> str:
     """The command that mends the artifact in `path`."""
     return f"bitnest pull SOURCE -o {path} (SOURCE: a whole copy, directory or hub id)"
-
-
-def manifest_text(
-    manifest: Mapping[str, Any], sites: Iterable[dict[str, Any]], files: Mapping[str, Any]
-) -> str:
-    """bitnest.json: a line per key, and per site."""
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(value)}"
-        for key, value in {"format_version": FORMAT_VERSION, **manifest, "files": files}.items()
-    ]
-    return "{\n" + ",\n".join([*lines, _sites_text(fold(sites))]) + "\n}\n"
-
-
-def _sites_text(groups: Sequence[dict[str, Any]]) -> str:
-    texts = []
-    for group in groups:
-        head = json.dumps({k: v for k, v in group.items() if k != "sites"})
-        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in group["sites"])
-        texts.append(f'{head[:-1]}, "sites": [\n{rows}]}}')
-    return '"sites": [\n' + ",\n".join(texts) + "]"
-
-
-def fold(sites: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Site records by what they share: groups with a list of the values of OWN per site. Names of
-    experts have their number replaced by `{expert}`."""
-    groups: dict[str, dict[str, Any]] = {}
-    for site in sites:
-        own = [site[key] for key in OWN if key != OWN[-1] or site.get(key)]
-        shared = {key: value for key, value in site.items() if key not in OWN}
-        parts = shared["name"].rsplit(f".{site['expert']}.", 1)
-        if len(parts) == 2:
-            shared["name"] = ".{expert}.".join(parts)
-        groups.setdefault(json.dumps(shared), {**shared, "sites": []})["sites"].append(own)
-    return list(groups.values())
-
-
-def unfold(groups: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The inverse of `fold`; sites come group by group."""
-    for group in groups:
-        shared = {key: value for key, value in group.items() if key != "sites"}
-        for row in group["sites"]:
-            own = dict(zip(OWN, [*row, []] if len(row) < len(OWN) else row, strict=True))
-            name = shared["name"].replace("{expert}", str(own["expert"]))
-            yield {**shared, "name": name, **own}
 
 
 class Writer(Workdir):
@@ -465,67 +268,6 @@ class Writer(Workdir):
 def packed_file_name(block: int, blocks: int) -> str:
     """File name of the packed weights of one of `blocks` units."""
     return f"packed-{block + 1:05d}-of-{blocks:05d}.safetensors"
-
-
-def join_streams(entries: Sequence[Entry]) -> list[Entry]:
-    """One tensor per type, `planes` of code words and `tables` of the rest, each the values of the
-    parts one after another: names and places of thousands of parts would cost more than tables."""
-    streams: list[Entry] = []
-    for name in ("planes", "tables"):
-        own = [item for item in entries if (item.dtype == torch.int32) == (name == "planes")]
-        if own:
-            count = sum(math.prod(item.shape) for item in own)
-            streams.append(Entry(name, own[0].dtype, (count,), partial(_joined, own)))
-    return streams
-
-
-def _joined(entries: Sequence[Entry]) -> torch.Tensor:
-    return torch.cat([item.values().flatten() for item in entries])
-
-
-def split_streams(
-    records: Iterable[SiteRecord], width: int, infos: Mapping[str, TensorInfo]
-) -> dict[str, TensorInfo]:
-    """The places of the parts that `join_streams` joined, by name; records in their order.
-
-    Raises:
-        ArtifactError: the streams have other lengths.
-    """
-    place = {name: info.start for name, info in infos.items()}
-    found: dict[str, TensorInfo] = {}
-    for record in records:
-        fmt = parse_format(record.format)
-        for part, spec in fmt.parts(record.site.shape).items():
-            if refinement(fmt, part) != width:
-                continue
-            name = "planes" if spec.dtype == "I32" else "tables"
-            start = place[name]
-            place[name] = stop = start + spec.nbytes
-            found[f"{record.site.name}.{part}"] = TensorInfo(
-                infos[name].file, infos[name].dtype, spec.shape, start, stop
-            )
-    for name, info in infos.items():
-        if place[name] != info.stop:
-            raise ArtifactError(
-                f"'{name}' has {info.nbytes} bytes, its sites have {place[name] - info.start}",
-                where=str(info.file),
-                hint="copy the artifact again, or compress again",
-            )
-    return found
-
-
-PLANE = re.compile(r"\.w([1-8])\.safetensors$")
-
-
-def plane_file(base: str, width: int | None) -> str:
-    """File name of what `width` adds to the packed file `base`; None: that file itself."""
-    return base if width is None else base.replace(".safetensors", f".w{width}.safetensors")
-
-
-def plane_width(name: str) -> int | None:
-    """The width that a file of planes is for; None for other files."""
-    match = PLANE.search(name)
-    return int(match[1]) if match else None
 
 
 def config_text(config: Mapping[str, Any]) -> str:

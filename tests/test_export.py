@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bitnest.artifact import Artifact, SiteRecord
+from bitnest.artifact import Artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import ArtifactError, BitnestError, TargetError
 from bitnest.export import compressed_tensors as exporter
@@ -33,6 +33,7 @@ from bitnest.export.engines import ENGINES
 from bitnest.export.numpy_decoder import stream
 from bitnest.export.schemes import quantization_config, scheme_of
 from bitnest.export.verify import verify_export
+from bitnest.manifest import SiteRecord
 from bitnest.quantize.compress import prepare, run
 from bitnest.recipe import Recipe, Rule
 from bitnest.sites import Site

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import bitnest
 from bitnest import api, safetensors_io
-from bitnest.artifact import Artifact, plane_file
+from bitnest.artifact import Artifact
 from bitnest.errors import ArtifactError, FormatError, RecipeError
 from bitnest.formats import NestedFormat, cut, parse_format, refinement, widths
 from bitnest.formats.names import nested_name, parse_widths
@@ -24,6 +24,7 @@ from bitnest.kernels import nested
 from bitnest.kernels.decode import decode
 from bitnest.kernels.nested import choose, choose_reference, halve, join_planes, split_planes
 from bitnest.kernels.rows import decode_rows
+from bitnest.planes import plane_file
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import gptq
 from bitnest.quantize.nested.clusters import solve_clusters

@@ -12,12 +12,13 @@ import torch
 
 import bitnest
 from bitnest import api, safetensors_io
-from bitnest.artifact import MANIFEST, Artifact, SiteRecord
+from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Predictor
 from bitnest.calibrate.slopes import read_fit, sensitivity
 from bitnest.errors import BitnestError, FormatError, PlanError, RecipeError, StatisticsError
 from bitnest.formats import cut, parse_format, widths
 from bitnest.formats.names import brief_name
+from bitnest.manifest import MANIFEST, SiteRecord
 from bitnest.quantize.allocation.fitting import Fitting, dense_bytes, fit_widths
 from bitnest.quantize.allocation.nesting import Nesting
 from bitnest.recipe_file import left_behind, parse_recipe

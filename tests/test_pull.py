@@ -21,11 +21,13 @@ from typer.testing import CliRunner
 
 import bitnest
 from bitnest import api
-from bitnest.artifact import MANIFEST, Artifact, is_artifact, plane_width
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.cli import app
 from bitnest.errors import ArtifactError, BitnestError, FormatError, RecipeError
 from bitnest.export import places, pulling
 from bitnest.export.places import Directory
+from bitnest.manifest import MANIFEST
+from bitnest.planes import plane_width
 from tests.tiny import Builder
 
 TOKENS = torch.arange(60)[None] % 50 * 6

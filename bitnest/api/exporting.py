@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.api.compressing import Maker
 from bitnest.api.result import Group, summarise
-from bitnest.artifact import Artifact, SiteRecord, is_artifact
+from bitnest.artifact import Artifact, is_artifact
 from bitnest.errors import ArtifactError, RecipeError, TargetError
 from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, parse_format, widths
 from bitnest.kinds import ENDS
+from bitnest.manifest import SiteRecord
 from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.recipe import DEFAULT_GROUP, DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe, sized
 from bitnest.workdir import INPUTS, in_the_way, is_empty, partial_directory, storage_error

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnest.artifact import Artifact, SiteRecord
+from bitnest.artifact import Artifact
 from bitnest.formats import parse_format, widths
 from bitnest.formats.names import brief_name
 from bitnest.kinds import ENDS
+from bitnest.manifest import SiteRecord
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bitnest.artifact import rounded
 from bitnest.calibrate.predict import DROP, Fit, Predictor, relative_errors
+from bitnest.manifest import rounded
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bitnest.artifact import Artifact, is_artifact, plane_width
+from bitnest.artifact import Artifact, is_artifact
+from bitnest.planes import plane_width
 from bitnest.safetensors_io import read_header
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bitnest.artifact import MANIFEST, Artifact, SiteRecord, site_tensors
+from bitnest.artifact import Artifact, site_tensors
 from bitnest.checkpoint import config_dtype, main_dtype
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
@@ -39,6 +39,7 @@ from bitnest.export.tensors import entries
 from bitnest.export.verify import verify_export
 from bitnest.formats import parse_format
 from bitnest.kernels.decode import decode
+from bitnest.manifest import MANIFEST, SiteRecord
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"

@@ -38,7 +38,7 @@ from bitnest.formats.names import E2M1, E4M3
 from bitnest.kinds import ENDS
 
 if TYPE_CHECKING:
-    from bitnest.artifact import SiteRecord
+    from bitnest.manifest import SiteRecord
 
 PACKED_INT, MIXED = "pack-quantized", "mixed-precision"
 FORMATS = {

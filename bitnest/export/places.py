@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
-from bitnest.artifact import MANIFEST, no_manifest
 from bitnest.errors import ArtifactError
+from bitnest.manifest import MANIFEST, no_manifest
 from bitnest.safetensors_io import CHUNK
 
 MANIFEST_LIMIT = 1 << 28  # bytes; a manifest has some 60 a site

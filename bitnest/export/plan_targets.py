@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
 from bitnest.export.engines import ENGINES
 from bitnest.export.rules import FUSED, check_site_storage
@@ -26,6 +25,7 @@ from bitnest.formats import AnyFormat, DenseFormat
 from bitnest.formats.zero import ZeroFormat
 from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
+from bitnest.manifest import SiteRecord
 from bitnest.sites import Site
 from bitnest.targets import TARGETS, Target
 

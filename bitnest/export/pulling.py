@@ -26,16 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bitnest.artifact import (
-    MANIFEST,
-    Artifact,
-    parse_manifest,
-    parse_records,
-    plane_width,
-)
+from bitnest.artifact import Artifact
 from bitnest.errors import ArtifactError
 from bitnest.export.places import Directory, Place, find_place
+from bitnest.manifest import MANIFEST, parse_manifest, parse_records
 from bitnest.packed.widths import loaded_formats, nested_widths
+from bitnest.planes import plane_width
 from bitnest.progress import Progress, Silent
 from bitnest.safetensors_io import CHUNK
 from bitnest.workdir import in_the_way, is_empty, sha256_file

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
 from bitnest.export.layouts import layout_kind, layout_of, packed_format, packed_layout
 from bitnest.kinds import ENDS
+from bitnest.manifest import SiteRecord
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),

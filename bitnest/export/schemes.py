@@ -23,10 +23,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
 from bitnest.export.layouts import MIXED, Layout, layout_of, packed_layout
 from bitnest.export.rules import packed_sites
+from bitnest.manifest import SiteRecord
 
 LAYOUT_VERSION = "0.19.0"  # of compressed-tensors, whose files these are byte for byte
 HEAD = "lm_head"  # exists in the model even if tied and so not in the checkpoint

@@ -11,17 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitnest.artifact import (
-    MANIFEST,
-    Artifact,
-    SiteRecord,
-    manifest_text,
-    plane_width,
-    pulling,
-)
+from bitnest.artifact import Artifact, pulling
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat, widths
+from bitnest.manifest import MANIFEST, SiteRecord, manifest_text
 from bitnest.packed.widths import loaded_formats
+from bitnest.planes import plane_width
 from bitnest.progress import Progress, Silent
 from bitnest.workdir import (
     in_the_way,

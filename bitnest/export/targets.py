@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bitnest.artifact import SiteRecord
 from bitnest.errors import TargetError
 from bitnest.export.engines import ENGINES, Engine
 from bitnest.export.layouts import BLOCK, Layout, packed_layout
 from bitnest.export.rules import check_one_scheme, fused_families, packed_sites
+from bitnest.manifest import SiteRecord
 
 
 def check_engine(

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 
 import torch
 
-from bitnest.artifact import SiteRecord
 from bitnest.export.layouts import packed_format, packed_layout
+from bitnest.manifest import SiteRecord
 from bitnest.safetensors_io import Entry, TensorInfo, read_tensor
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bitnest.artifact import Artifact, SiteRecord, site_tensors
+from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError
 from bitnest.export.layouts import packed_format, packed_layout
 from bitnest.export.numpy_decoder import State, decode, read_stored
@@ -36,6 +36,7 @@ from bitnest.export.schemes import scheme_of
 from bitnest.kernels.decode import code_values
 from bitnest.kernels.decode import decode as decode_artifact
 from bitnest.kernels.scales import unpack_scales
+from bitnest.manifest import SiteRecord
 
 Decoder = Callable[[str, State], torch.Tensor]
 BFLOAT16_ONLY = ("mxfp4", "mxfp8", "nvfp4")  # families the package decodes to that type

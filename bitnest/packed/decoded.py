@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bitnest.artifact import Artifact, SiteRecord, is_artifact, site_tensors
+from bitnest.artifact import Artifact, is_artifact, site_tensors
 from bitnest.checkpoint import (
     Checkpoint,
     all_finite,
@@ -40,6 +40,7 @@ from bitnest.checkpoint import (
 from bitnest.errors import ArtifactError, CheckpointError, FormatError, UnsupportedModel
 from bitnest.formats import AnyFormat
 from bitnest.kernels.decode import decode
+from bitnest.manifest import SiteRecord
 from bitnest.packed.widths import loaded_formats, nested_widths
 from bitnest.safetensors_io import NAMES, TensorInfo, read_header
 from bitnest.sites import Site

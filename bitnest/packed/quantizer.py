@@ -19,9 +19,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitnest.artifact import Artifact, SiteRecord, site_tensors
+from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat
+from bitnest.manifest import SiteRecord
 from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
 from bitnest.packed.widths import Source, attach, loaded_formats, wanted_widths

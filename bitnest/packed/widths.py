@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from bitnest.artifact import Artifact, SiteRecord, site_tensors
+from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import AnyFormat, cut, parse_format, widths
+from bitnest.manifest import SiteRecord
 from bitnest.packed.modules import PackedWeight
 from bitnest.patterns import Names
 

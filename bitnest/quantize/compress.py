@@ -27,16 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitnest import __version__
-from bitnest.artifact import (
-    FORMAT_VERSION,
-    Artifact,
-    SiteRecord,
-    Writer,
-    finished_with,
-    plane_width,
-    site_tensors,
-    split_streams,
-)
+from bitnest.artifact import Artifact, Writer, finished_with, site_tensors
 from bitnest.calibrate.collector import Collector, Routed, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.stream import Stream
@@ -46,7 +37,9 @@ from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsErro
 from bitnest.formats import AnyFormat, DenseFormat, parse_format, widths
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
+from bitnest.manifest import FORMAT_VERSION, SiteRecord
 from bitnest.packed.decoded import DecodedCheckpoint
+from bitnest.planes import plane_width, split_streams
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows

@@ -18,19 +18,11 @@ from typing import Any
 
 import torch
 
-from bitnest.artifact import (
-    COPIED,
-    SiteRecord,
-    config_text,
-    index_text,
-    join_streams,
-    manifest_text,
-    packed_file_name,
-    plane_file,
-    shards,
-)
+from bitnest.artifact import COPIED, config_text, index_text, packed_file_name, shards
 from bitnest.errors import UnsupportedModel
 from bitnest.formats import AnyFormat, DenseFormat, refinement, widths
+from bitnest.manifest import SiteRecord, manifest_text
+from bitnest.planes import join_streams, plane_file
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
 from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
@@ -164,7 +156,7 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
 def joined_streams(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What `artifact.join_streams` makes of them."""
+    """What `planes.join_streams` makes of them."""
     own = [Entry(name, dtype, shape, lambda: torch.empty(0)) for name, dtype, shape in tensors]
     return [(e.name, e.dtype, e.shape) for e in join_streams(own)]
 

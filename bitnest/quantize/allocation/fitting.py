@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from bitnest.artifact import Artifact, SiteRecord, plane_width
+from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Fit, depths
 from bitnest.calibrate.slopes import read_fit
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, cut, parse_format, widths
+from bitnest.manifest import SiteRecord
 from bitnest.packed.widths import loaded_formats
+from bitnest.planes import plane_width
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.safetensors_io import read_header
