@@ -2,12 +2,13 @@
 
     python -m benchmarks.nested_extreme MODEL --data LABEL=FILE ... [--work DIR]
 
-Budgets are bits per quantised weight with everything that is stored for it. `nest` and `stack` are
-one artifact each, read in that size (widths per weight by `quantize/allocation/fitting`);
-`BitStack` is stack as published, without the fit under H; `GPTQ` is an artifact of its own for
-every budget, planned over integers of 1 to 8 bits and ternary ones. Embedding and head stay dense.
-Every text is cut in half: the first halves are analysed and calibrate, the second halves are
-measured on. The last line of stdout is one JSON object.
+Budgets are bits per quantised weight with everything that is stored for it. Rows but the last are
+one artifact each, read in that size (widths per weight by `quantize/allocation/fitting`), with
+widths of 1 to 4 or 8 bits, or up to 8 blocks of rank 1. `stack` is fitted under H; `BitStack` is
+the same as published. `GPTQ` is an artifact of its own for every budget, planned over integers of 1
+to 8 bits and ternary ones. Embedding and head stay dense. Every text is cut in half: the first
+halves are analysed and calibrate, the second halves are measured on. The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from benchmarks.predicted_kl import halves, machine
 BUDGETS = (1.3, 1.5, 1.75, 2.0, 2.5)
 CANDIDATES = ("int1-g128", "ternary-g128", *(f"int{b}-g128" for b in range(2, 9)))
 NESTED = {
-    "nest": "nest1234-g128@had64",
-    "stack": "stack1234-r1@had64",
-    "BitStack": "stack1234-r1",
+    "nest 1-4": "nest1234-g128@had64",
+    "nest 1-8": "nest12345678-g128@had64",
+    "stack": "stack12345678-r1@had64",
+    "BitStack": "stack12345678-r1",
 }
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     measure = partial(api.evaluate, against=args.model, data=second)
     rows: list[dict[str, Any]] = []
     for name, fmt in NESTED.items():
-        out = nested(args.model, work / name, name, fmt, options)
+        out = nested(args.model, work / name.replace(" ", "-"), name, fmt, options)
         fitting = Fitting(Artifact.open(out))
         sizes = {bits: fitting.resident + weights(fitting) * bits / 8 for bits in BUDGETS}
         sizes = {b: int(size) for b, size in sizes.items() if size >= fitting.smallest}

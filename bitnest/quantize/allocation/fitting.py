@@ -31,6 +31,7 @@ from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.safetensors_io import read_header
 
+SETTLED = 1e-4  # see `Objective.minimise`: somebody waits
 TEXT = "predicted"  # label of the one loss that stands for all, where nothing was measured
 
 
@@ -74,12 +75,14 @@ class Fitting:
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
-        formats = {r.site.name: parse_format(r.format) for r in artifact.packed()}
-        nested = [r for r in artifact.packed() if widths(formats[r.site.name])]
+        packed = artifact.packed()
+        parsed = {name: parse_format(name) for name in {r.format for r in packed}}
+        formats = {r.site.name: parsed[r.format] for r in packed}
+        nested = [r for r in packed if widths(formats[r.site.name])]
         if not nested:
             loaded_formats(artifact, 1)  # says so
-        others = [r for r in artifact.packed() if not widths(formats[r.site.name])]
-        self.steps = tuple(sorted({w for r in nested for w in widths(formats[r.site.name])}))
+        others = [r for r in packed if not widths(formats[r.site.name])]
+        self.steps = tuple(sorted({w for fmt in parsed.values() for w in widths(fmt)}))
         self.resident = dense_bytes(artifact) + sum(record.nbytes for record in others)
         known = artifact.manifest.get("sensitivity")
         self.known = known is not None
@@ -123,7 +126,8 @@ class Fitting:
                 hint=f"--size {self.smallest} or more",
             )
         menu = self.menu
-        solution = self.objective.minimise(menu.nbytes, size - self.resident)
+        budget = size - self.resident
+        solution = self.objective.minimise(menu.nbytes, budget, settled=SETTLED)
         rows = np.arange(len(menu.items))
         chosen = {
             item[0].name: self.steps[c]
@@ -151,21 +155,21 @@ class Fitting:
         nbytes = np.zeros((count, len(steps)), dtype=np.int64)
         bits = np.zeros_like(nbytes)
         losses = np.full((count, len(steps), len(self.texts)), np.inf)
-        sizes: dict[tuple[str, tuple[int, int]], dict[int, int]] = {}
+        numel = np.array([r.site.numel for r in records])
+        slopes = np.array([self._slopes(r) for r in records]).reshape(count, len(self.texts))
+        alike: dict[tuple[str, tuple[int, int], str], list[int]] = {}
         for i, record in enumerate(records):
-            fmt, site = formats[record.site.name], record.site
+            alike.setdefault((record.format, record.site.shape, record.file), []).append(i)
+        for (_, shape, _), rows in alike.items():
+            fmt = formats[records[rows[0]].site.name]
             own = widths(fmt)
-            key = (record.format, site.shape)
-            if key not in sizes:
-                sizes[key] = {w: cut(fmt, w).nbytes(site.shape) for w in own}
-            slopes = np.array(self._slopes(record))
-            missing = self._missing(record, own)
-            for width, error in zip(own, record.errors, strict=True):
-                if width >= missing:
-                    break
+            errors = np.array([records[i].errors for i in rows]).reshape(len(rows), len(own))
+            missing = self._missing(records[rows[0]], own)
+            for k, width in enumerate(w for w in own if w < missing):
                 step = steps.index(width)
-                nbytes[i, step], bits[i, step] = sizes[key][width], width * site.numel
-                losses[i, step] = slopes * error
+                nbytes[rows, step] = cut(fmt, width).nbytes(shape)
+                bits[rows, step] = width * numel[rows]
+                losses[rows, step] = slopes[rows] * errors[:, k, None]
         return Menu(
             items=tuple((r.site,) for r in records),
             formats=tuple(map(str, steps)),
@@ -174,7 +178,7 @@ class Fitting:
             nbytes=nbytes,
             bits=bits,
             losses=losses,
-            numel=np.array([r.site.numel for r in records]),
+            numel=numel,
         )
 
     def _missing(self, record: SiteRecord, own: Sequence[int]) -> int:

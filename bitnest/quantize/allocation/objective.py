@@ -36,6 +36,7 @@ from bitnest.quantize.allocation.solver import solve
 ROUNDS = 8
 FEW = 500  # items, of which descents start from several plans
 STARTS = (0.0, 0.5, 0.9, 0.97)  # of what a budget leaves over the cheapest choices
+SETTLED = 1e-9
 TINY = 1e-12
 
 
@@ -127,8 +128,11 @@ class Objective:
         loss = self.linear(choice)
         return Problem(cost, loss, budget, self.menu.bundles(loss))
 
-    def minimise(self, cost: np.ndarray, budget: int, *, exact: bool = False) -> Solution:
-        """The plan of least predicted mean KL that is found. cost: (N, F).
+    def minimise(
+        self, cost: np.ndarray, budget: int, *, exact: bool = False, settled: float = SETTLED
+    ) -> Solution:
+        """The plan of least predicted mean KL that is found. cost: (N, F). settled: what part of it
+        one more tangent must save to be worth while.
 
         Its loss, bound and price are of the last linear problem, whose optimum bounds what this
         tangent allows; exact: solve every linear problem to a proven optimum.
@@ -136,7 +140,7 @@ class Objective:
         Raises:
             BudgetError: the cheapest choices are over the budget.
         """
-        best = self._descend(cost, budget, None, exact)
+        best = self._descend(cost, budget, None, exact, settled)
         if len(self.menu.items) > FEW:
             return best
         for share in STARTS:
@@ -149,15 +153,23 @@ class Objective:
         return best
 
     def _descend(
-        self, cost: np.ndarray, budget: int, at: np.ndarray | None, exact: bool
+        self,
+        cost: np.ndarray,
+        budget: int,
+        at: np.ndarray | None,
+        exact: bool,
+        settled: float = SETTLED,
     ) -> Solution:
         """Tangent after tangent, from that at `at`, while the predicted KL falls."""
         solver = solve_exact if exact else solve
         best: Solution | None = None
         for _ in range(ROUNDS):
             found = solver(self.problem(cost, budget, at))
-            if best is not None and self.mean(found.choice) >= self.mean(best.choice) * (1 - 1e-9):
-                break
+            if best is not None:
+                before, now = self.mean(best.choice), self.mean(found.choice)
+                if now >= before * (1 - settled):
+                    best = found if now < before else best
+                    break
             best, at = found, found.choice
         assert best is not None
         return best
