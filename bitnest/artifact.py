@@ -131,7 +131,9 @@ class Artifact:
     ) -> dict[str, TensorInfo]:
         """What a file of planes holds. before: packed tensors in files read already; its sites come
         in the order they have there."""
-        place = {tensor.rpartition(".")[0]: i for i, tensor in enumerate(before)}
+        place: dict[str, int] = {}
+        for i, tensor in enumerate(before):  # of a site in several files, its place in the first
+            place.setdefault(tensor.rpartition(".")[0], i)
         own = [r for r in self.records if r.file and plane_file(r.file, width) == name]
         return split_streams(sorted(own, key=lambda r: place[r.site.name]), width, infos)
 

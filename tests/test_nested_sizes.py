@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 
 import bitnest
 from bitnest import api, safetensors_io
-from bitnest.artifact import Artifact
+from bitnest.artifact import Artifact, site_tensors
 from bitnest.calibrate.predict import Predictor
 from bitnest.calibrate.slopes import read_fit, sensitivity
+from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, FormatError, PlanError, RecipeError, StatisticsError
 from bitnest.formats import cut, parse_format, widths
 from bitnest.formats.names import brief_name
+from bitnest.kernels.decode import decode
 from bitnest.manifest import MANIFEST, SiteRecord
 from bitnest.quantize.allocation.fitting import Fitting, dense_bytes, fit_widths
 from bitnest.quantize.allocation.nesting import Nesting
@@ -267,6 +270,31 @@ def test_base_and_top_fit_their_budgets(budgeted: Path) -> None:
         )
     assert opened.manifest["plan"]["asked"]["base_size"] == BASE
     assert opened.manifest["resolved"]["nested"] == "2,3,4,6,8"
+
+
+@pytest.mark.parametrize("which", ["budgeted", "artifact"])
+def test_every_weight_comes_nearer_with_every_width(
+    which: str, moe: Path, request: pytest.FixtureRequest
+) -> None:
+    """Sites that begin at different widths lie in different files of planes."""
+    opened, checkpoint = Artifact.open(request.getfixturevalue(which)), Checkpoint.open(moe)
+    headers, compared = opened.headers(), 0
+    for record in opened.packed():
+        weight = checkpoint.tensors.get(f"{record.site.name}.weight") and checkpoint.read(
+            f"{record.site.name}.weight"
+        )
+        fmt = parse_format(record.format)
+        if weight is None or not widths(fmt):
+            continue
+        errors = []
+        for width in widths(fmt):
+            own = cut(fmt, width)
+            tensors = site_tensors(record, headers, fmt=own)
+            miss = decode(tensors, own, record.site.shape) - weight.float()  # type: ignore[arg-type]
+            errors.append(float(miss.square().sum() / weight.float().square().sum()))
+        assert all(b < 0.6 * a for a, b in pairwise(errors))
+        compared += len(errors) > 1
+    assert compared > 10
 
 
 def test_it_loads_from_its_base_to_its_top(budgeted: Path) -> None:

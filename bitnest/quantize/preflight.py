@@ -128,7 +128,7 @@ def preflight(
         memory=peak_memory(job, samples, length),
         seconds=flops(job, samples, length) / product_rate() * OVERHEAD
         + packing_seconds(job)
-        + nesting_seconds(job, samples),
+        + nesting_seconds(job, formats, samples),
         active=active,
         speeds=tuple(_speed(job, m, sizes, active) for m in machines),
     )
@@ -282,9 +282,9 @@ def packing_seconds(job: Job) -> float:
     return sum(site.numel for site in job.sites) * job.itemsize / PACKING
 
 
-def nesting_seconds(job: Job, samples: int) -> float:
+def nesting_seconds(job: Job, formats: Mapping[str, AnyFormat], samples: int) -> float:
     """Choosing codes that serve several widths, where samples say how."""
-    nested = [site.numel for site in job.sites if widths(job.formats[site.name])]
+    nested = [site.numel for site in job.sites if widths(formats[site.name])]
     return sum(nested) * NESTING if samples else 0.0
 
 
