@@ -59,13 +59,15 @@ class Artifact:
     """A finished artifact, opened for reading.
 
     path: the directory. manifest: bitnest.json. records: every site. absent: files of planes that
-    are not there, or not whole, with what is wrong: narrower widths can do without them.
+    are not there, or not whole, with what is wrong: narrower widths can do without them. checked:
+    files whose checksums were found right.
     """
 
     path: Path
     manifest: dict[str, Any]
     records: tuple[SiteRecord, ...]
     absent: Mapping[str, str] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -104,7 +106,8 @@ class Artifact:
 
     def headers(self, formats: Mapping[str, AnyFormat] | None = None) -> dict[str, TensorInfo]:
         """Name -> place of every packed tensor. formats: by site, those of nested sites cut at the
-        width wanted; files that hold nothing of them are not opened.
+        width wanted; files that hold nothing of them are not opened. Files of nested artifacts,
+        which come one by one, are held against their checksums the first time.
 
         Raises:
             ArtifactError: a file of planes that is needed is not there, or not whole.
@@ -122,9 +125,28 @@ class Artifact:
                     hint=f"load below {plane_width(name)} bits (--bits), or fetch what is missing: "
                     + pulling(self.path),
                 )
+            self._check(name)
             infos, width = read_header(self.path / name), plane_width(name)
             found.update(infos if width is None else self._parts(name, width, infos, list(found)))
         return found
+
+    def _check(self, name: str) -> None:
+        """Hold a file of a nested artifact against its checksum, once.
+
+        Raises:
+            ArtifactError: it was changed.
+        """
+        if name in self.checked or not any(map(plane_width, self.manifest["files"])):
+            return
+        if sha256_file(self.path / name) != self.manifest["files"][name]["sha256"]:
+            width = plane_width(name)
+            narrower = "" if width is None else f"load below {width} bits (--bits), or "
+            raise ArtifactError(
+                f"'{name}' does not match its checksum",
+                where=str(self.path),
+                hint=f"{narrower}fetch it again: {pulling(self.path)}",
+            )
+        self.checked.add(name)
 
     def _parts(
         self, name: str, width: int, infos: Mapping[str, TensorInfo], before: Sequence[str]

@@ -17,7 +17,14 @@ from bitnest.artifact import Artifact, site_tensors
 from bitnest.calibrate.predict import Predictor
 from bitnest.calibrate.slopes import read_fit, sensitivity
 from bitnest.checkpoint import Checkpoint
-from bitnest.errors import BitnestError, FormatError, PlanError, RecipeError, StatisticsError
+from bitnest.errors import (
+    ArtifactError,
+    BitnestError,
+    FormatError,
+    PlanError,
+    RecipeError,
+    StatisticsError,
+)
 from bitnest.formats import cut, parse_format, widths
 from bitnest.formats.names import brief_name
 from bitnest.kernels.decode import decode
@@ -317,7 +324,7 @@ def test_it_loads_from_its_base_to_its_top(budgeted: Path) -> None:
         assert not torch.equal(low, model(TOKENS).logits)
     narrow = bitnest.load(budgeted, bits=2)  # what begins later is read from its beginning on
     assert held(narrow) == fitting.smallest
-    with pytest.raises(FormatError, match="begins at"):
+    with pytest.raises(FormatError, match="nested from 2"):
         bitnest.load(budgeted, bits=1)
     late = next(
         r for r in Artifact.open(budgeted).packed() if widths(parse_format(r.format))[0] > 2
@@ -433,3 +440,161 @@ def test_weights_are_for_nested_formats(moe: Path, tmp_path: Path) -> None:
         api.compress(moe, tmp_path / "a", format="int4-g32", width_weights=["3=2"])
     with pytest.raises(RecipeError, match="two weights"):
         api.compress(moe, tmp_path / "a", nested="2-4", width_weights=["3=2", "3=4"])
+
+
+# ---------------------------------------------------------------- what a stranger tried
+
+
+def test_nested_is_not_forgotten_where_text_is_not_read(
+    moe: Path, text: Path, tmp_path: Path
+) -> None:
+    """Rounding has no statistics of its own to plan by here: it measures them first."""
+    done = api.compress(
+        moe, tmp_path / "a", nested="2-4", bits=3.0, method="rtn", data=[str(text)], **SMALL
+    )
+    formats = {r.format for r in Artifact.open(done.path).packed()}
+    assert formats and all(widths(parse_format(name)) for name in formats)
+
+
+def test_a_budgeted_artifact_without_wide_planes(budgeted: Path, moe: Path, tmp_path: Path) -> None:
+    """A weight's base is in the first file, however many bits it has."""
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(budgeted, part)
+    for file in part.glob("packed-*.w[468].safetensors"):
+        file.unlink()
+    opened = Artifact.open(part)
+    fitted = bitnest.fit_widths(part, 1 << 40)
+    for record in opened.packed():
+        own = widths(parse_format(record.format))
+        assert fitted.widths[record.site.name] == (3 if own[0] == 2 and 3 in own else own[0])
+    bitnest.load(part, size=1 << 40)
+
+
+def test_rows_of_an_artifact_without_wide_planes(
+    artifact: Path, moe: Path, text: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(artifact, part)
+    for file in part.glob("packed-*.w6.safetensors"):
+        file.unlink()
+    options: dict[str, Any] = {"data": [f"t={text}"], "window": 32, "windows": 2}
+    found = api.evaluate([part], against=moe, bits=(2, 4, 6, 8), **options)
+    assert [row.model.rpartition(" at ")[2] for row in found.rows[1:]] == ["2 bits", "4 bits"]
+    with pytest.raises(RecipeError, match="no width 6"):
+        api.evaluate([part], bits=(6,), **options)
+    with pytest.raises(ArtifactError, match="w6"):
+        api.evaluate([part], **options)
+
+
+def test_the_base_of_a_comparison_is_whole(artifact: Path, text: Path) -> None:
+    found = api.evaluate(
+        [artifact], against=artifact, data=[f"t={text}"], bits=(2, 8), window=32, windows=2
+    )
+    kl = [row.scores[0].kl for row in found.rows[1:]]
+    assert kl[0] is not None and kl[1] is not None
+    assert kl[1].mean == pytest.approx(0, abs=1e-9) and kl[0].mean > 1e-4
+
+
+def test_planes_that_changed_are_found_when_they_are_read(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(artifact, part)
+    name = next(part.glob("packed-00002-*.w4.safetensors")).name
+    data = bytearray((part / name).read_bytes())
+    data[-1] ^= 1
+    (part / name).write_bytes(bytes(data))
+    model = bitnest.load(part, bits=3)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        assert torch.equal(before, bitnest.load(artifact, bits=3)(TOKENS).logits)
+        for raising in (lambda: model.set_bits(4), lambda: bitnest.load(part, bits=4)):
+            with pytest.raises(ArtifactError, match=name) as caught:
+                raising()
+            assert "below 4 bits" in (caught.value.hint or "")
+            assert "bitnest pull" in (caught.value.hint or "")
+        assert torch.equal(before, model(TOKENS).logits)
+
+
+def test_swapped_planes_are_found(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(artifact, part)
+    one, two = sorted(part.glob("packed-*.w3.safetensors"))
+    if one.stat().st_size != two.stat().st_size:
+        pytest.skip("blocks differ")
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    bitnest.load(part, bits=2)
+    with pytest.raises(ArtifactError, match="checksum"):
+        bitnest.load(part, bits=3)
+
+
+def test_sites_that_are_not_named_stay_as_they_are(artifact: Path) -> None:
+    model: Any = bitnest.load(artifact, bits=4)
+    model.set_bits({"*.q_proj": 8})
+    by_name = {r.site.name: widths(w.fmt) for r, w in model.bitnest_source.weights}
+    for name, own in by_name.items():
+        if own:
+            assert own[-1] == (8 if name.endswith("q_proj") else 4)
+    assert model.set_bits({}) == 0
+
+
+@pytest.mark.parametrize("bits", [3.0, "3", True, 0, 9, {"*": "3"}, {"*": 9}, {"*": 2.5}])
+def test_bits_that_are_none(artifact: Path, bits: Any) -> None:
+    with pytest.raises(RecipeError, match="no width"):
+        bitnest.load(artifact, bits=bits)
+
+
+@pytest.mark.parametrize("size", [float("nan"), 2.5, True, None])
+def test_sizes_that_are_none(artifact: Path, size: Any) -> None:
+    with pytest.raises(RecipeError, match="no size"):
+        bitnest.fit_widths(artifact, size)
+
+
+def test_widths_beyond_the_artifact_are_refused(
+    budgeted: Path, artifact: Path, tmp_path: Path
+) -> None:
+    api.slice_artifact(artifact, tmp_path / "four", 4)
+    with pytest.raises(FormatError, match="from 2 to 4 bits") as caught:
+        api.slice_artifact(tmp_path / "four", tmp_path / "six", 6)
+    assert caught.value.hint == "--bits 4"
+    for _ in range(3):
+        with pytest.raises(FormatError, match="nested from 2 to") as caught:
+            bitnest.load(budgeted, bits=1)
+        assert caught.value.hint == "--bits 2"
+
+
+def test_a_base_size_beyond_the_budget_is_no_obstacle(moe: Path, found: Statistics) -> None:
+    for asked in ({"size": SIZE}, {"bits": 3.0}):
+        planned = api.plan(
+            moe, statistics=found.path, nested="2,3,4,6,8", base_size=10**9, group=32, **asked
+        )  # fmt: skip
+        assert planned.sizes.artifact <= SIZE or planned.bits <= 3.0
+
+
+def test_nested_rules_beside_a_budget(moe: Path, found: Statistics) -> None:
+    planned = api.plan(
+        moe, statistics=found.path, nested="2-4", bits=4.0, rules=["kind:attention=nest48-g32"]
+    )
+    chosen = planned.menu.plan(planned.choice)
+    assert {n for s, n in chosen.items() if "self_attn" in s} == {"nest48-g32"}
+
+
+def test_the_summary_predicts_from_measured_errors(artifact: Path) -> None:
+    from bitnest.api.result import summarise
+
+    said = summarise(Artifact.open(artifact)).predicted
+    fitted = bitnest.fit_widths(artifact, 1 << 40)
+    assert said is not None and said["mean"] == fitted.mean and said["kl"] == fitted.kl
+
+
+def test_a_weight_for_a_width_that_nothing_has(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no weight is nested at 3"):
+        api.compress(moe, tmp_path / "a", nested="4-8", width_weights=["3=2"])

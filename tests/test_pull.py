@@ -318,7 +318,7 @@ def test_refusals_come_before_anything_is_written(
     assert refused(ArtifactError, "not a bitnest artifact", tiny("llama"))
     assert refused(ArtifactError, "no such directory", tmp_path / "nothing")
     assert refused(ArtifactError, "is a file", artifact / MANIFEST)
-    refused(FormatError, "begins at 2", bits=1)
+    refused(FormatError, "nested from 2", bits=1)
     monkeypatch.setattr(
         pulling.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 99)
     )

@@ -49,6 +49,7 @@ from bitnest.workdir import in_the_way, is_empty
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
+    from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
@@ -150,7 +151,9 @@ def compress(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
     )
     plain = not any(extras.values())
-    uniform = _uniform_format(dials, format, group, plan, method, statistics, policy, plain)
+    uniform = _uniform_format(
+        dials, format, group, plan, method, statistics, policy, plain and nesting is None
+    )
     place = Path(statistics or default_statistics(model))
     if uniform is None and plan is None:
         check_method(model, place, method)
@@ -165,9 +168,8 @@ def compress(
         "memory": memory, "device": device, "compute": compute,
         "trust_remote_code": trust_remote_code, "progress": progress,
     }  # fmt: skip
-    if width_weights and nesting is None and plan is None and not nested_formats(job):
-        raise RecipeError("nothing is nested: widths have no weights",
-                          hint="--nested 2-8, or leave out --width-weight")  # fmt: skip
+    if plan is None:
+        check_weights(recipe, nesting, job)
     given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     before: list[Preflight] = []
 
@@ -238,9 +240,21 @@ def compress(
     )
 
 
-def nested_formats(job: Job) -> bool:
-    """Whether any weight is to be nested."""
-    return any(widths(fmt) for fmt in job.formats.values())
+def check_weights(recipe: Recipe, nesting: Nesting | None, job: Job) -> None:
+    """Refuse weights of widths that nothing has.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    own = {w for fmt in job.formats.values() for w in widths(fmt)}
+    own |= set(nesting.widths) if nesting is not None else set()
+    lost = [width for width, _ in recipe.width_weights if own and width not in own]
+    if recipe.width_weights and not own:
+        raise RecipeError("nothing is nested: widths have no weights",
+                          hint="--nested 2-8, or leave out --width-weight")  # fmt: skip
+    if lost:
+        raise RecipeError(f"no weight is nested at {lost[0]} bits",
+                          hint="widths: " + ", ".join(map(str, sorted(own))))  # fmt: skip
 
 
 def plan_statistics(plan: Plan, model: str | Path) -> Path | None:

@@ -59,6 +59,8 @@ def fit_widths(artifact: str | Path, size: int | str) -> Fitted:
     """
     from bitnest.quantize.allocation.fitting import fit_widths as fit
 
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise RecipeError(f"{size!r} is no size", hint="bytes, or '2GiB'")
     path = resolve_model(artifact)
     if not is_artifact(path):
         raise RecipeError(

@@ -167,14 +167,20 @@ def open_nesting(
     if nested is None:
         if base_size is not None:
             raise RecipeError("--base-size is for nested weights", hint="--nested 2-8")
+        if group is not None:
+            raise RecipeError("--group is for nested weights here", hint="--nested 2-8")
         return None
     if candidates:
         raise RecipeError("--nested already says the formats", hint="leave out --candidate")
     if target != "native":
         raise RecipeError(
             f"{target} reads no nested weights",
-            hint="leave out --target; bitnest export ARTIFACT --bits 4 makes of the artifact what "
-            "it reads",
+            hint="leave out --target"
+            + (
+                "; bitnest export ARTIFACT --bits 4 makes of the artifact what it reads"
+                if target != "gguf"
+                else ""
+            ),
         )
     return Nesting.parse(nested, group, base_size)
 
@@ -218,7 +224,7 @@ def open_planner(
     Raises:
         BitnestError: before work starts for whatever can be known then.
     """
-    from bitnest.calibrate.predict import Predictor
+    from bitnest.calibrate.predict import Predictor, widths_of
     from bitnest.export.plan_targets import open_target
     from bitnest.quantize.allocation.budget import check_budget
     from bitnest.quantize.allocation.planner import Planner
@@ -235,7 +241,8 @@ def open_planner(
         check_source(job, model, statistics, progress)
     measured = _measured(model, statistics)
     if measured is not None:
-        asked = (*(_names(candidates) or measured.formats), *_ruled(job))
+        ruled_formats = [name for name in _ruled(job) if not widths_of(name)]
+        asked = (*(_names(candidates) or measured.formats), *ruled_formats)
         anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
         measured.check_formats(asked, anew if statistics is None else "")
     if budget is not None:

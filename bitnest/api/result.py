@@ -104,7 +104,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         experts=len(experts),
         calibrated=artifact.manifest.get("calibration") is not None,
         seconds=seconds,
-        predicted=artifact.manifest.get("predicted"),
+        predicted=_predicted(artifact),
         plan=artifact.manifest.get("plan"),
         artifact_bytes=sum(file.stat().st_size for file in artifact.path.iterdir()),
     )
@@ -114,3 +114,16 @@ def _group(kind: str, fmt: str, records: list[SiteRecord]) -> Group:
     parameters = sum(r.site.numel for r in records)
     error = sum(r.error * r.site.numel for r in records) / parameters
     return Group(kind, fmt, len(records), parameters, sum(r.nbytes for r in records), error)
+
+
+def _predicted(artifact: Artifact) -> dict[str, Any] | None:
+    """The KL that is to be expected. Of nested weights the manifest's figure stems from integers in
+    their place; the errors they came out with tell more."""
+    said: dict[str, Any] | None = artifact.manifest.get("predicted")
+    if said is None or "sensitivity" not in artifact.manifest:
+        return said
+    from bitnest.quantize.allocation.fitting import Fitting
+
+    fitting = Fitting(artifact)
+    found = fitting.fit(fitting.largest)
+    return {**said, "kl": found.kl, "mean": found.mean, "low": found.low, "high": found.high}

@@ -30,6 +30,9 @@ def command(
     exact: bool = dials.Exact,
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
+    group: int = typer.Option(
+        None, "--group", help="With --nested: input channels per scale, 16 to 128."
+    ),
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT that no plan overrules: a glob, re:REGEX or kind:KIND."
     ),
@@ -172,7 +175,8 @@ def command(
             return
         else:
             planned = api.plan(
-                model, policy=policy, nested=nested, base_size=parse_size(base_size),
+                model, policy=policy, nested=nested, group=group,
+                base_size=parse_size(base_size),
                 **budget, **options,
             )  # fmt: skip
         cost = (

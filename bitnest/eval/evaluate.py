@@ -108,6 +108,8 @@ def evaluate(
     if against is not None:
         switches.insert(0, ())
     chosen = read_settings(paths, bits, sizes)
+    if against is not None:  # whole, whatever it is
+        chosen[0] = read_settings(paths[:1], (), ())[0]
     tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)

@@ -18,12 +18,15 @@ from bitnest.safetensors_io import read_header
 
 
 def weight_bytes(path: Path, bits: int | None = None) -> int:
-    """Bytes of the safetensors files that make up the model in `path`. bits: of a nested artifact
-    read at that width, without the planes beyond."""
-    files = _weight_files(path)
-    if bits is not None:
-        files = [file for file in files if (plane_width(file.name) or 0) <= bits]
-    return sum(file.stat().st_size for file in files)
+    """Bytes of the safetensors files that make up the model in `path`; of an artifact as the
+    manifest says, also of planes that are not there. bits: of a nested artifact read at that width,
+    without the planes beyond."""
+    if is_artifact(path):
+        files = Artifact.open(path).manifest["files"]
+        weights = [name for name in files if name.endswith(".safetensors")]
+        wanted = [n for n in weights if bits is None or (plane_width(n) or 0) <= bits]
+        return sum(int(files[name]["bytes"]) for name in wanted)
+    return sum(file.stat().st_size for file in _weight_files(path))
 
 
 def count_parameters(path: Path) -> int | None:

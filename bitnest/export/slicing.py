@@ -22,7 +22,6 @@ from bitnest.workdir import (
     in_the_way,
     is_empty,
     sha256_file,
-    storage_error,
     write_text,
 )
 
@@ -78,7 +77,11 @@ def slice_artifact(
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        raise storage_error(error, out) from error
+        raise ArtifactError(
+            f"cannot write: {error.strerror or error}",
+            where=str(out),
+            hint="free space or choose another -o; nothing was left behind",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Artifact.open(out)

@@ -200,7 +200,8 @@ def widest_width(artifact: Artifact) -> int:
     Raises:
         RecipeError: nothing is nested. ArtifactError: there is none.
     """
-    loaded_formats(artifact, 8)  # refuses what is not nested
+    if not nested_widths(artifact):
+        loaded_formats(artifact, 8)  # says so
     for width in reversed(nested_widths(artifact)):
         try:
             formats = loaded_formats(artifact, width)

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from bitnest.artifact import Artifact, site_tensors
-from bitnest.errors import ArtifactError, RecipeError
+from bitnest.errors import ArtifactError, FormatError, RecipeError
 from bitnest.formats import AnyFormat, cut, parse_format, widths
 from bitnest.manifest import SiteRecord
 from bitnest.packed.modules import PackedWeight
 from bitnest.patterns import Names
+from bitnest.planes import plane_width
 
 Widths = int | Mapping[str, int]  # of all sites, or by site name or pattern
 
@@ -42,9 +43,11 @@ def wanted_widths() -> Widths | None:
 
 
 def nested_widths(artifact: Artifact) -> tuple[int, ...]:
-    """At which any of its sites can be read, ascending; none if nothing is nested."""
-    found = {w for record in artifact.packed() for w in widths(parse_format(record.format))}
-    return tuple(sorted(found))
+    """At which any of its sites can be read from the files that are there, ascending; none if
+    nothing is nested."""
+    formats = {record.format for record in artifact.packed()}
+    gone = min((plane_width(name) or 9 for name in artifact.absent), default=9)
+    return tuple(sorted({w for f in formats for w in widths(parse_format(f)) if w < gone}))
 
 
 def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyFormat]:
@@ -52,13 +55,15 @@ def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyForm
     leaves sites that begin beyond it at their narrowest, where others begin earlier.
 
     Raises:
-        RecipeError: nothing in the artifact is nested, or a site that is not.
+        RecipeError: nothing in the artifact is nested, a site that is not, or no number of bits.
         FormatError: narrower than a site's narrowest width, or with one width for all, than that of
-            every site.
+            every site, or wider than that of any.
     """
-    formats = {r.site.name: parse_format(r.format) for r in artifact.packed()}
+    parsed = {name: parse_format(name) for name in {r.format for r in artifact.packed()}}
+    formats = {r.site.name: parsed[r.format] for r in artifact.packed()}
     if bits is None:
         return formats
+    check_bits(bits)
     nested = {name for name, fmt in formats.items() if widths(fmt)}
     if not nested:
         raise RecipeError(
@@ -67,15 +72,33 @@ def loaded_formats(artifact: Artifact, bits: Widths | None) -> dict[str, AnyForm
             hint="leave out --bits, or compress with --nested 2-8",
         )
     if not isinstance(bits, int):
-        bits = by_site(artifact, nested, bits)
-    least = {name: widths(formats[name])[0] for name in nested}
-    for name in nested:
-        width = bits if isinstance(bits, int) else bits.get(name)
-        if isinstance(bits, int) and bits >= min(least.values()):
-            width = max(bits, least[name])
-        if width is not None:
+        for name, width in by_site(artifact, nested, bits).items():
             formats[name] = cut(formats[name], width)
+        return formats
+    own = {name: widths(formats[name]) for name in nested}
+    first, last = min(w[0] for w in own.values()), max(w[-1] for w in own.values())
+    if not first <= bits <= last:
+        raise FormatError(
+            f"this artifact is nested from {first} to {last} bits, not at {bits}",
+            where=str(artifact.path),
+            hint=f"--bits {first if bits < first else last}",
+        )
+    for name in nested:
+        formats[name] = cut(formats[name], max(bits, own[name][0]))
     return formats
+
+
+def check_bits(bits: Any) -> None:
+    """Refuse what is no width, and no mapping to widths.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    for width in bits.values() if isinstance(bits, Mapping) else [bits]:
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 8:
+            raise RecipeError(
+                f"{width!r} is no width", hint="a whole number of bits, 1 to 8, for all or by site"
+            )
 
 
 def by_site(
@@ -111,6 +134,7 @@ class Source:
 
     def set_bits(self, bits: Widths | None) -> int:
         """Read the planes that are missing for `bits`, let go of those beyond; None: all planes.
+        Sites that widths by site do not name stay as they are.
 
         Nothing changes if a file is missing. Gives the bytes that were read.
 
@@ -119,6 +143,11 @@ class Source:
             ArtifactError: planes that are not there, or not whole.
         """
         formats = loaded_formats(self.artifact, bits)
+        if isinstance(bits, Mapping):
+            nested = [r.site.name for r in self.artifact.packed() if widths(parse_format(r.format))]
+            named = by_site(self.artifact, nested, bits)
+            kept = {r.site.name: w.fmt for r, w in self.weights if r.site.name not in named}
+            formats = {**formats, **kept}
         headers = self.artifact.headers(formats)
         changes: list[tuple[PackedWeight, AnyFormat, dict[str, Any]]] = []
         read = 0

@@ -40,6 +40,7 @@ from bitnest.quantize.sizing import Sizes, cache_bytes
 OVERHEAD = 2.5  # of a run over its products alone; measured on models of 4 to 22 M parameters
 GPTQ_FLOPS = 3.0  # per O I^2, the sweep's updates and the error; I^3 apart
 NESTING = 5e-6  # seconds a weight for codes of all widths; measured on 22 M parameters
+BLIND = 0.4  # of it without samples
 PACKING = 200e6  # bytes of source a second, rounded with clipping; docs/performance.md
 LIBRARIES = 200 << 20  # bytes that libraries take once they run; measured on the embedded model
 PROMPT, ANSWER = 512, 128  # tokens, for the offloading bound
@@ -283,9 +284,9 @@ def packing_seconds(job: Job) -> float:
 
 
 def nesting_seconds(job: Job, formats: Mapping[str, AnyFormat], samples: int) -> float:
-    """Choosing codes that serve several widths, where samples say how."""
+    """Choosing codes that serve several widths; without samples one sweep, and no passes."""
     nested = [site.numel for site in job.sites if widths(formats[site.name])]
-    return sum(nested) * NESTING if samples else 0.0
+    return sum(nested) * NESTING * (1.0 if samples else BLIND)
 
 
 def peak_memory(job: Job, samples: int, length: int) -> int:

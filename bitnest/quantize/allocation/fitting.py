@@ -182,9 +182,10 @@ class Fitting:
         )
 
     def _missing(self, record: SiteRecord, own: Sequence[int]) -> int:
-        """The narrowest width whose planes are not there."""
+        """The narrowest width whose planes are not there; those of the first are in the file of
+        packed weights, which is."""
         gone = [plane_width(f) or 0 for f in self._absent.get(record.file, ())]
-        return min([w for w in own if w in gone], default=own[-1] + 1)
+        return min([w for w in own[1:] if w in gone], default=own[-1] + 1)
 
     @cached_property
     def _absent(self) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan, digest_of
-from bitnest.quantize.allocation.budget import Budget, beside, ruled_formats, too_small
+from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
 from bitnest.quantize.allocation.nesting import Nesting
@@ -224,7 +224,13 @@ class Planner:
                 f"bytes, more than the base size of {size:,}",
                 hint=f"--base-size {rest + least} or more, or a narrower width by --nested",
             )
+        if budget.size is not None:  # no more than the whole may take
+            other = sizes.total - sizes.packed - sizes.dense + MARGIN
+            size = max(rest + least, min(size, budget.size - other))
         choice = objective.minimise(menu.nbytes, size - rest, exact=self.exact).choice
+        bits = 0 if budget.bits is None else round(budget.bits * int(menu.numel.sum()))
+        if bits and int(menu.bits[rows, choice].sum()) > bits >= menu.least(menu.bits):
+            choice = objective.minimise(menu.bits, bits, exact=self.exact).choice
         chosen = menu.plan(choice)
         return {name: widths_of(chosen[name])[0] for name in free}
 
