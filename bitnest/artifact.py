@@ -182,7 +182,8 @@ class Artifact:
                 where=str(self.path),
                 hint=f"changed or damaged; fetch it again: {pulling(self.path)}",
             )
-        for name in [name for name in asked if name in self.absent]:
+        gone = [name for name in asked if name in self.absent]
+        for name in sorted(gone, key=lambda name: plane_width(name) or 0):
             raise ArtifactError(
                 f"{self.absent[name]}; all that is there matches its checksum",
                 where=str(self.path),

@@ -488,6 +488,10 @@ def test_rows_of_an_artifact_without_wide_planes(
         api.evaluate([part], bits=(6,), **options)
     with pytest.raises(ArtifactError, match="w6"):
         api.evaluate([part], **options)
+    next(part.glob("packed-00002-*.w4.safetensors")).unlink()
+    with pytest.raises(ArtifactError, match="w4") as caught:  # the narrowest of those missing
+        api.inspect(part, verify=True)
+    assert "below 4 bits" in (caught.value.hint or "")
 
 
 def test_the_base_of_a_comparison_is_whole(artifact: Path, text: Path) -> None:
