@@ -105,7 +105,8 @@ def _format(value: Any) -> str:
 def _widths(value: Any) -> str:
     from bitnest.formats.names import parse_widths
 
-    text = str(value)  # YAML reads one width as a number
+    # YAML reads one width as a number, and [2, 3, 4] is as good as 2,3,4
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     parse_widths(text)
     return text
 

@@ -392,6 +392,7 @@ def test_recipes_know_nested() -> None:
     values = parse_recipe("budget: {size: 12GiB}\nnested: 2-8\nbase_size: 6GiB\n")
     assert values == {"size": 12 << 30, "nested": "2-8", "base_size": 6 << 30}
     assert parse_recipe("nested: 4\n") == {"nested": "4"}
+    assert parse_recipe("nested: [2, 3, 8]\n") == {"nested": "2,3,8"}
     with pytest.raises(PlanError, match="list of widths"):
         parse_recipe("nested: 2-9\n")
     assert {"nested", "base_size"} <= left_behind({"format"})
@@ -488,6 +489,8 @@ def test_rows_of_an_artifact_without_wide_planes(
         api.evaluate([part], bits=(6,), **options)
     with pytest.raises(ArtifactError, match="w6"):
         api.evaluate([part], **options)
+    sized = api.evaluate([part], sizes=(1 << 30,), **options)
+    assert "planes missing" in sized.rows[0].model
     next(part.glob("packed-00002-*.w4.safetensors")).unlink()
     with pytest.raises(ArtifactError, match="w4") as caught:  # the narrowest of those missing
         api.inspect(part, verify=True)

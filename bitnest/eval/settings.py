@@ -49,7 +49,10 @@ def read_settings(
         elif sizes:
             fitting = Fitting(artifact)
             fitted = [fitting.fit(size) for size in sizes]
-            settings.append([Setting(f.widths, f"in {f.nbytes:,} bytes", f.nbytes) for f in fitted])
+            note = " (planes missing)" if artifact.absent else ""
+            settings.append(
+                [Setting(f.widths, f"in {f.nbytes:,} bytes{note}", f.nbytes) for f in fitted]
+            )
         else:
             if not set(widths) & set(bits):
                 raise RecipeError(
