@@ -310,3 +310,47 @@ def test_overflow_of_float16_is_said(tiny: Builder, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="once merged"):
         api.merge(tiny("qwen2"), [str(own)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def run_checkpoint(path: Path, step: int, loss: float, seed: int) -> Path:
+    adapter(path, pair(Q, 64, 64, seed=seed))
+    rows = [{"step": step - 1, "eval_loss": 9.0}, {"step": step, "eval_loss": loss},
+            {"step": step + 1, "eval_loss": 0.1}]  # fmt: skip
+    state = {"global_step": step, "log_history": rows}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metric", "penalty", "weights"),
+    [("loss", 1.0, [1 / 3, 2 / 3]), ("loss", 2.0, [0.2, 0.8]), ("step", 1.0, [0.25, 0.75]),
+     ("step", 0.0, [0.5, 0.5])],
+)  # fmt: skip
+def test_checkpoints_of_a_run_are_averaged_by_their_products(
+    llama: Path, tmp_path: Path, metric: str, penalty: float, weights: list[float]
+) -> None:
+    paths = [run_checkpoint(tmp_path / "a", 10, 2.0, 0), run_checkpoint(tmp_path / "b", 30, 1.0, 7)]
+    result = api.merge(llama, [str(p) for p in paths], tmp_path / "out", weights_from=metric,
+                       penalty=penalty)  # fmt: skip
+    assert [a["scale"] for a in result.adapters] == pytest.approx(weights)
+    wanted = Checkpoint.open(llama).read(f"{Q}.weight").double()
+    for weight, seed in zip(weights, (0, 7), strict=True):
+        wanted += weight * 2 * product(pair(Q, 64, 64, seed=seed), Q)
+    found = Checkpoint.open(tmp_path / "out").read(f"{Q}.weight").double()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_averaging_without_a_record_or_with_scales_is_refused(llama: Path, tmp_path: Path) -> None:
+    one, bare = run_checkpoint(tmp_path / "a", 10, 2.0, 0), adapter(tmp_path / "b", PLAIN)
+    zero = run_checkpoint(tmp_path / "c", 10, 0.0, 0)
+    wrong: list[tuple[list[str], str, float, str]] = [
+        ([str(one), str(bare)], "loss", 1.0, "trainer_state.json"),
+        ([f"{one}:0.5"], "loss", 1.0, "contradict"),
+        ([str(one)], "luck", 1.0, "unknown metric"),
+        ([str(one)], "step", -1.0, "penalty"),
+        ([str(zero)], "loss", 1.0, "not a positive"),
+    ]
+    for loras, metric, penalty, said in wrong:
+        with pytest.raises(BitnestError, match=said):
+            api.merge(llama, loras, tmp_path / "out", weights_from=metric, penalty=penalty)
+    assert not (tmp_path / "out").exists()

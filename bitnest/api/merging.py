@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.artifact import COPIED
+from bitnest.averaging import run_weights
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import ArtifactError, CheckpointError, RecipeError
 from bitnest.lora import Adapter
@@ -33,8 +34,8 @@ RECORD, INDEX = "merged.json", "model.safetensors.index.json"
 class MergeResult:
     """A finished merge.
 
-    tensors: of the checkpoint. changed: how many of them were. sha256: of base, adapters and scales.
-    adapters: see `merged.json`.
+    tensors: of the checkpoint. changed: how many of them were. sha256: of base, adapters and
+    scales. adapters: see `merged.json`.
     """
 
     path: Path
@@ -58,6 +59,8 @@ def merge(
     loras: Sequence[str],
     out: str | Path,
     *,
+    weights_from: str | None = None,
+    penalty: float = 1.0,
     residual_base: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
@@ -65,7 +68,9 @@ def merge(
 ) -> MergeResult:
     """Write `model` with `loras` merged in into the directory `out`.
 
-    loras: adapter directories, each with `:scale` behind it or 1. residual_base: `model` is the
+    loras: adapter directories, each with `:scale` behind it or 1. weights_from:
+    loss or step: the adapters are checkpoints of one run, averaged by that metric with `penalty`
+    (see `bitnest.averaging`) and without scales. residual_base: `model` is the
     base that PiSSA's or its like's init left behind. fresh: discard an unfinished run.
 
     Raises:
@@ -77,10 +82,14 @@ def merge(
         raise RecipeError("nothing to merge", hint="--lora DIRECTORY, or DIRECTORY:0.5")
     out, progress = Path(out).absolute(), progress or Silent()
     base = Checkpoint.open(model)
-    adapters = [
-        (Adapter.open(path, residual_base=residual_base), scale)
-        for path, scale in map(parse_lora, loras)
-    ]
+    asked = [parse_lora(text) for text in loras]
+    if weights_from is not None:
+        if any(scale != 1.0 for _, scale in asked):
+            raise RecipeError("weights from the run and scales contradict each other",
+                              where="--weights-from", hint="leave out one of them")  # fmt: skip
+        paths = [path for path, _ in asked]
+        asked = list(zip(paths, run_weights(paths, weights_from, penalty), strict=True))
+    adapters = [(Adapter.open(path, residual_base=residual_base), scale) for path, scale in asked]
     if not is_empty(out):
         raise in_the_way(out)
     merged = MergedCheckpoint.of(base, adapters, trust_remote_code=trust_remote_code)

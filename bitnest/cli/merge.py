@@ -15,6 +15,15 @@ def command(
         ..., "--lora", help="Adapter directory, or DIRECTORY:scale; repeat it to add several up."
     ),
     out: Path = typer.Option(..., "-o", "--out", help="Directory to write."),
+    weights_from: str = typer.Option(
+        None,
+        "--weights-from",
+        help="The adapters are checkpoints of one run: average them by 1/loss (loss) or by step, "
+        "as trainer_state.json records them.",
+    ),
+    penalty: float = typer.Option(
+        1.0, "--penalty", help="With --weights-from: exponent of the metric; 0 is the plain mean."
+    ),
     residual_base: bool = typer.Option(
         False,
         "--residual-base",
@@ -34,7 +43,8 @@ def command(
 
     with Bars(quiet) as bars:
         result = api.merge(
-            model, lora, out, residual_base=residual_base, fresh=fresh,
+            model, lora, out, weights_from=weights_from, penalty=penalty,
+            residual_base=residual_base, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     if json:
