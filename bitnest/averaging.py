@@ -3,8 +3,8 @@
     w_i = 1 / loss_i^p   or   w_i = step_i^p,   then divided by their sum
 
 The formula is ours: practice weights checkpoints by a metric, but no public source states how. p,
-the penalty, says how hard a worse or earlier checkpoint is punished; 0 is the plain mean. The loss is
-the last `eval_loss` that `trainer_state.json` records up to the checkpoint's step, or the last
+the penalty, says how hard a worse or earlier checkpoint is punished; 0 is the plain mean. The loss
+is the last `eval_loss` that `trainer_state.json` records up to the checkpoint's step, or the last
 training `loss` if none was evaluated; all checkpoints must offer the same one.
 """
 

@@ -108,6 +108,13 @@ class Adapter:
         digest = "".join(sha256_file(file) for file in used)
         return cls(path, config, modules, replaced, digest)
 
+    @property
+    def old_experts(self) -> bool | None:
+        """Whether fused experts (E, O, I) have A on the output side, as peft before 0.19 had it;
+        None if the configuration does not say by which version it was trained."""
+        found = re.match(r"(\d+)\.(\d+)", str(self.config.get("peft_version") or ""))
+        return (int(found[1]), int(found[2])) < (0, 19) if found else None
+
     def scaling(self, names: tuple[str, ...], rank: int, where: str) -> float:
         """s of a module that a pattern may call by any of `names`, of factors of `rank`.
 

@@ -322,9 +322,12 @@ class _Places:
                     fits.append((param, weight.shape[0], False))
                 if sides == (first, second):
                     fits.append((param, weight.shape[0], plain))
+        if len(fits) > 1 and (old := adapter.old_experts) is not None:
+            plain = not getattr(owner, "is_transposed", False)
+            fits = [fit for fit in fits if fit[2] == (plain and old)]
         if len(fits) != 1:
-            said = "fits several parameters of" if fits else "does not fit"
-            raise self._misfit(adapter, module.name, f"{said} the base")
+            said = "fits the base in several ways" if fits else "fits no experts of the base"
+            raise self._misfit(adapter, module.name, said)
         if module.magnitude is not None or module.bias is not None or module.embedding:
             raise self._misfit(adapter, module.name, "has DoRA or a bias on fused experts, which")
         param, experts, swapped = fits[0]

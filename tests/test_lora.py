@@ -169,6 +169,49 @@ def test_experts_by_their_names_on_disk(tiny: Builder, tmp_path: Path, family: s
     assert torch.equal(both.read(f"{path[1]}.weight"), new)
 
 
+@pytest.mark.parametrize(("param", "version"), [("down_proj", None), ("gate_up_proj", "0.18.1")])
+def test_fused_experts_of_old_peft_have_a_on_the_output_side(
+    tiny: Builder, tmp_path: Path, param: str, version: str | None
+) -> None:
+    base = Checkpoint.open(_float32(tiny, "qwen3_moe"))
+    module = "model.layers.0.mlp.experts"
+    out, inner = (64, 40) if param == "down_proj" else (80, 64)
+    own = {f"{module}.lora_A.weight": noise(16, out), f"{module}.lora_B.weight": noise(inner, 16)}
+    config = {"target_parameters": [f"mlp.experts.{param}"], "peft_version": version}
+    found = merged(base.path, (adapter(tmp_path / "a", own, **config), 1.0))
+    a = own[f"{module}.lora_A.weight"].double().view(4, 4, out)
+    b = own[f"{module}.lora_B.weight"].double().view(inner, 4, 4)
+    delta = 2 * torch.einsum("ore,eri->eio", b, a)  # (E, out, inner), as peft 0.18 computes it
+    part, rows = ("up_proj", slice(40, 80)) if param == "gate_up_proj" else (param, slice(0, 64))
+    wanted = base.read(f"{module}.3.{part}.weight").double() + delta[3, rows]
+    torch.testing.assert_close(
+        found.read(f"{module}.3.{part}.weight").double(), wanted, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_square_experts_are_merged_only_if_the_version_is_known(
+    tiny: Builder, tmp_path: Path
+) -> None:
+    path = tiny("qwen3_moe", "square", moe_intermediate_size=32)  # gate and up: 64 x 64
+    module = "model.layers.0.mlp.experts"
+    own = {f"{module}.lora_A.weight": noise(16, 64), f"{module}.lora_B.weight": noise(64, 16)}
+    kept = {}
+    for version in ("0.18.1", "0.19.0", None):
+        config = {"target_parameters": ["mlp.experts.gate_up_proj"], "peft_version": version}
+        lora = adapter(tmp_path / str(version), own, **config)
+        if version is None:
+            with pytest.raises(CheckpointError, match="several ways"):
+                merged(path, (lora, 1.0))
+            continue
+        kept[version] = merged(path, (lora, 1.0)).read(f"{module}.1.gate_proj.weight").float()
+    before = Checkpoint.open(path).read(f"{module}.1.gate_proj.weight").float()
+    a = own[f"{module}.lora_A.weight"].view(4, 4, 64)[1]
+    b = own[f"{module}.lora_B.weight"].view(64, 4, 4)[:, :, 1]
+    for version, delta in (("0.19.0", b @ a), ("0.18.1", (b @ a).T)):
+        wanted = (before + 2 * delta[:32]).bfloat16().float()
+        torch.testing.assert_close(kept[version], wanted, rtol=0, atol=4e-3)
+
+
 def test_whole_fused_experts_go_to_their_places(tiny: Builder, tmp_path: Path) -> None:
     base = Checkpoint.open(_float32(tiny, "qwen3_moe"))
     module, new = "model.layers.0.mlp.experts", noise(4, 80, 64)
