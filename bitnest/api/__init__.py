@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bitnest.api.compressing import compress
 from bitnest.api.exporting import export
 from bitnest.api.loading import fit_widths, load
+from bitnest.api.merging import MergeResult, merge
 from bitnest.api.planning import (
     check_plan,
     compare_policies,
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
     from bitnest.statistics import Statistics
 
 __all__ = [
-    "CompressResult", "Group", "analyze", "check_plan", "compare_formats", "compare_policies",
-    "compress", "constraint_cost", "evaluate", "export", "fit_widths", "frontier", "inspect",
-    "load", "load_tokenizer", "merge_statistics", "plan", "preflight", "pull", "slice_artifact",
-    "summarise", "write_report",
+    "CompressResult", "Group", "MergeResult", "analyze", "check_plan", "compare_formats",
+    "compare_policies", "compress", "constraint_cost", "evaluate", "export", "fit_widths",
+    "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics", "plan",
+    "preflight", "pull", "slice_artifact", "summarise", "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))

@@ -20,6 +20,7 @@ from bitnest.cli import (
     export,
     formats,
     inspect,
+    merge,
     plan,
     pull,
     serve,
@@ -45,6 +46,7 @@ app.command("compress")(compress.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
+app.command("merge")(merge.command)
 app.command("slice")(slice.command)
 app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)
