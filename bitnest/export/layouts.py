@@ -28,6 +28,7 @@ from bitnest.formats import (
     AnyFormat,
     BlockFormat,
     LowRankFormat,
+    SparseFormat,
     TransformedFormat,
     ZeroFormat,
     parse_format,
@@ -192,6 +193,8 @@ def _missing(fmt: AnyFormat) -> str:
         return f"compressed-tensors has no tensors for a low-rank residual (+{fmt.kind}{fmt.rank})"
     if widths(fmt):
         return "nested codes are no integers on an even grid"
+    if isinstance(fmt, SparseFormat):
+        return f"engines have no kernels for a bitmask with packed survivors (%{fmt.pattern})"
     if isinstance(fmt, TransformedFormat):
         kind = f"@{fmt.kind}{fmt.block or ''}"
         return f"a compressed-tensors weight is stored in its own basis, not transformed ({kind})"

@@ -16,6 +16,7 @@ from bitnest.formats.block import BlockFormat
 from bitnest.formats.elements import FloatElement, TableElement, TernaryElement
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
+from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     LowRankFormat,
@@ -102,6 +103,12 @@ FAMILIES: dict[str, dict[str, str]] = {
         "any2345678-channel": "tables per row, clusters split in two, after Any-Precision",
         "stack12345678-r16": "signs and low-rank magnitudes, block after block, after BitStack",
     },
+    "sparse": {
+        "int4-g128%50": "half of every row dropped, the codes of the rest packed (SparseGPT)",
+        "int4-g128%2:4": "2 of every 4 kept, the pattern of sparse tensor cores",
+        "int4-g128%4:8": "4 of every 8 kept",
+        "dense%2:4": "2 of every 4 kept, their 16-bit values",
+    },
     "scale option": {
         "int4-g32-dq": "int8 scales of 16-bit scales (double quantisation)",
         "nf4-g64-dq": "NF4 with double quantisation, near QLoRA's",
@@ -147,7 +154,7 @@ def family(fmt: AnyFormat) -> str:
         return "residual"
     if isinstance(fmt, TransformedFormat):
         return "transform"
-    if isinstance(fmt, BlockFormat | NestedFormat):
+    if isinstance(fmt, BlockFormat | NestedFormat | SparseFormat):
         return base_family(fmt)
     return "dropped" if isinstance(fmt, ZeroFormat) else "dense"
 
@@ -159,6 +166,8 @@ def base_family(fmt: PackedFormat) -> str:
     base = core_format(fmt)
     if isinstance(base, NestedFormat):
         return "nested"
+    if isinstance(base, SparseFormat):
+        return "sparse"
     if base.alias:
         return base.alias[:2]
     if base.scale == "dual":
@@ -182,6 +191,8 @@ def scale_kind(fmt: AnyFormat) -> str:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return ""
     base = core_format(fmt)
+    if isinstance(base, SparseFormat):
+        return scale_kind(base.base)
     if isinstance(base, NestedFormat):
         return {
             "nest": "half, tables", "mat": "half, lines", "mwq": "half per bit, zero",

@@ -1,11 +1,12 @@
 """Format names: one grammar, read and written.
 
-name      base [@transform]... [+residual], dense or zero
+name      base [%sparsity] [@transform]... [+residual], dense [%sparsity] or zero
 base      alias | element-grain[-option]... | nested
 element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
 alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
+sparsity  1..99 (percent of every row dropped), or n:m (n of every m kept), m 2, 4, 8 or 16
 transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
 nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel,
           stack<widths>-r<rank>; widths are digits: nest2345678-g128
@@ -29,6 +30,7 @@ from bitnest.formats.elements import (
 )
 from bitnest.formats.minifloat import MiniFloat
 from bitnest.formats.nested import NestedFormat
+from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     CodedFormat,
@@ -79,6 +81,7 @@ _NESTED = re.compile(
     r"(?P<kind>nest|mat|mwq|any|stack)(?P<widths>[0-9]{1,8})"
     rf"-(?:channel|g(?P<group>{_NUMBER})|r(?P<rank>{_NUMBER}))"
 )
+_SPARSITY = re.compile(rf"(?P<drop>{_NUMBER})|(?P<keep>{_NUMBER}):(?P<cell>{_NUMBER})")
 _WRAPPER = re.compile(
     r"(?P<mark>[@+])(?P<kind>had|rhad|awq|perm|lorc|lqer|hlr)(?P<number>[1-9][0-9]{0,3})?"
 )
@@ -95,7 +98,25 @@ def parse_format(name: str) -> AnyFormat:
     if name == "zero":
         return ZeroFormat()
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
-    return _wrap(parse_base(name[:cut], name), name[cut:], name)
+    base, mark, pattern = name[:cut].partition("%")
+    core = _sparse(base, pattern, name) if mark else parse_base(base, name)
+    return _wrap(core, name[cut:], name)
+
+
+def _sparse(base: str, pattern: str, whole: str) -> SparseFormat:
+    found = _SPARSITY.fullmatch(pattern)
+    if found is None:
+        raise FormatError(
+            f"unknown sparsity '%{pattern}' in '{whole}'",
+            hint="%50 drops half of every row, %2:4 keeps 2 of every 4",
+        )
+    fmt = DenseFormat() if base == "dense" else parse_base(base, whole)
+    if not isinstance(fmt, BlockFormat | DenseFormat):
+        raise FormatError(
+            f"nested formats have no sparsity, not '{whole}'", hint="for example int4-g128%2:4"
+        )
+    drop, keep, cell = (int(found[key] or 0) for key in ("drop", "keep", "cell"))
+    return SparseFormat(fmt, drop, keep, cell)
 
 
 def parse_widths(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bitnest.formats.base import DenseFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement
 from bitnest.formats.nested import NestedFormat
+from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.wrappers import AnyFormat, core_format
 from bitnest.formats.zero import ZeroFormat
 
@@ -22,7 +23,7 @@ def native_encoder(fmt: AnyFormat) -> bool:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return False
     base = core_format(fmt)
-    if isinstance(base, NestedFormat):
+    if isinstance(base, NestedFormat | SparseFormat):
         return False
     if base.rows != 1 or base.scale not in NATIVE_SCALES:
         return False

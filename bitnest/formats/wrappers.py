@@ -22,6 +22,7 @@ from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
 from bitnest.formats.block import BlockFormat
 from bitnest.formats.nested import NestedFormat
+from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.zero import ZeroFormat
 
 TRANSFORMS = ("had", "rhad", "awq", "perm")
@@ -41,7 +42,7 @@ class TransformedFormat:
         FormatError: no such transform.
     """
 
-    base: BlockFormat | NestedFormat | TransformedFormat
+    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
     kind: str
     block: int = 0
 
@@ -105,7 +106,7 @@ class LowRankFormat:
         FormatError: no such kind or rank.
     """
 
-    base: BlockFormat | NestedFormat | TransformedFormat
+    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
     kind: str
     rank: int
 
@@ -161,7 +162,7 @@ class LowRankFormat:
         return total_bytes(self.parts(shape))
 
 
-CoreFormat = BlockFormat | NestedFormat
+CoreFormat = BlockFormat | NestedFormat | SparseFormat
 CodedFormat = CoreFormat | TransformedFormat | LowRankFormat
 PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
@@ -183,7 +184,7 @@ def cut(fmt: AnyFormat, width: int) -> AnyFormat:
         return fmt.at(held[-1])
     if isinstance(fmt, TransformedFormat):
         base = cut(fmt.base, width)
-        assert isinstance(base, BlockFormat | NestedFormat | TransformedFormat)
+        assert not isinstance(base, DenseFormat | ZeroFormat | LowRankFormat)
         return replace(fmt, base=base)
     return fmt
 
@@ -210,6 +211,6 @@ def refinement(fmt: AnyFormat, part: str) -> int | None:
 
 def core_format(fmt: CodedFormat) -> CoreFormat:
     """The format at the core of its wrappers."""
-    while not isinstance(fmt, BlockFormat | NestedFormat):
+    while not isinstance(fmt, BlockFormat | NestedFormat | SparseFormat):
         fmt = fmt.base
     return fmt

@@ -22,6 +22,7 @@ from bitnest.formats import (
     DenseFormat,
     LowRankFormat,
     NestedFormat,
+    SparseFormat,
     TransformedFormat,
     ZeroFormat,
 )
@@ -33,6 +34,7 @@ from bitnest.kernels.nested import decode_nested
 from bitnest.kernels.packing import unpack_bits
 from bitnest.kernels.scales import unpack_scales
 from bitnest.kernels.segments import unpack_segments
+from bitnest.kernels.sparse import positions, spread
 from bitnest.kernels.trits import TritStream, decode_trits, unpack_trits
 
 Tensors = Mapping[str, torch.Tensor]
@@ -63,6 +65,8 @@ def decode(
         return _decode_block(tensors, fmt, shape, dtype)
     if isinstance(fmt, NestedFormat):
         return decode_nested(tensors, fmt, shape, dtype)
+    if isinstance(fmt, SparseFormat):
+        return _decode_sparse(tensors, fmt, shape, dtype)
     weight = decode(tensors, fmt.base, shape)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank(tensors)).to(dtype)
@@ -129,6 +133,23 @@ def _decode_block(
             tail = tail.sub_(zeros[:, -1:])
         weight[:, whole:] = tail.mul_(scales[:, -1:]).to(dtype)
     return weight
+
+
+def _decode_sparse(
+    tensors: Tensors, fmt: SparseFormat, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    rows, columns = shape
+    place = positions(tensors["mask"], fmt, columns)
+    base = fmt.base
+    if isinstance(base, DenseFormat):
+        return spread(tensors["values"], place, columns, dtype)
+    values = code_values(tensors, base, (rows, place.shape[1]))
+    group, groups = place // base.group_size(columns), base.groups(columns)
+    zeros = _zeros(tensors, base, rows, groups)
+    if zeros is not None:
+        values = values.sub_(zeros.gather(1, group))
+    scales = unpack_scales(tensors, base, groups)
+    return spread(values.mul_(scales.gather(1, group)), place, columns, dtype)
 
 
 def _zeros(tensors: Tensors, fmt: BlockFormat, rows: int, groups: int) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 Only the rows asked for are gathered from the stored tensors:
 
-    codes, segments, tables per row    row o
+    codes, segments, masks, tables per row    row o
     scales, zero points                row p = floor(o / r) of R, r rows a block
     dq's super-scales                  row floor(p / 64); of m2 and dual row p
     left of a residual                 row o; right, channels, order and global whole
@@ -26,6 +26,7 @@ from bitnest.formats import (
     DenseFormat,
     LowRankFormat,
     NestedFormat,
+    SparseFormat,
     ZeroFormat,
 )
 from bitnest.formats.block import DQ_ROWS
@@ -43,7 +44,7 @@ def row_decodable(fmt: AnyFormat) -> bool:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return True
     core = core_format(fmt)
-    if isinstance(core, NestedFormat):
+    if isinstance(core, NestedFormat | SparseFormat):
         return True
     return not (isinstance(core.element, TernaryElement) and core.element.coded)
 
@@ -65,6 +66,9 @@ def decode_rows(
         return decode(own, plain, (len(rows), shape[1]), dtype)
     if isinstance(fmt, NestedFormat):
         return decode(_nested_rows(tensors, fmt, rows), fmt, (len(rows), shape[1]), dtype)
+    if isinstance(fmt, SparseFormat):
+        own, sparse = _sparse_rows(tensors, fmt, shape, rows)
+        return decode(own, sparse, (len(rows), shape[1]), dtype)
     weight = decode_rows(tensors, fmt.base, shape, rows)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank({**tensors, "left": tensors["left"][rows]})).to(dtype)
@@ -101,6 +105,17 @@ def _gathered(
         bits = int(fmt.bits)
         own["zeros"] = pack_bits(_zeros(tensors["zeros"], bits, place).T, bits).T
     return own, replace(fmt, scale="half", rows=1, rule="", alias="")
+
+
+def _sparse_rows(
+    tensors: Tensors, fmt: SparseFormat, shape: tuple[int, int], rows: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], SparseFormat]:
+    """The same of a sparse format: its mask is a row's own, too."""
+    mask = {"mask": tensors["mask"][rows]}
+    if isinstance(fmt.base, DenseFormat):
+        return {**mask, "values": tensors["values"][rows]}, fmt
+    own, base = _gathered(tensors, fmt.base, shape, rows)
+    return {**mask, **own}, replace(fmt, base=base)
 
 
 def _nested_rows(

@@ -36,6 +36,7 @@ from bitnest.formats import (
     CodedFormat,
     DenseFormat,
     PackedFormat,
+    SparseFormat,
     ZeroFormat,
     core_format,
 )
@@ -242,7 +243,8 @@ class BlockSolver:
 def has_global(fmt: CodedFormat) -> bool:
     """Whether one scale covers the whole matrix, beside those of its blocks."""
     core = core_format(fmt)
-    return isinstance(core, BlockFormat) and core.scale == "e4m3"
+    base = core.base if isinstance(core, SparseFormat) else core
+    return isinstance(base, BlockFormat) and base.scale == "e4m3"
 
 
 def stackable(fmt: PackedFormat, sites: list[Site]) -> bool:

@@ -35,6 +35,7 @@ from bitnest.formats import (
     LowRankFormat,
     NestedFormat,
     PackedFormat,
+    SparseFormat,
     ZeroFormat,
     core_format,
 )
@@ -88,6 +89,8 @@ def cuttable(fmt: PackedFormat) -> bool:
         return False
     if isinstance(fmt, BlockFormat):
         return fmt.row_tile is not None and fmt.scale != "e4m3"
+    if isinstance(fmt, SparseFormat):
+        return isinstance(fmt.base, DenseFormat) or cuttable(fmt.base)
     if isinstance(fmt, LowRankFormat):
         return False
     return fmt.kind != "awq" and cuttable(fmt.base)
@@ -102,9 +105,10 @@ def slice_rows(fmt: PackedFormat, shape: tuple[int, int], work: int) -> int:
         return shape[0]
     unit = DQ_ROWS
     if not isinstance(fmt, ZeroFormat):
-        base = core_format(fmt)
-        assert isinstance(base, BlockFormat)  # nested ones are not cuttable
-        unit = math.lcm(DQ_ROWS, (base.rows or 1) * (1 if base.symmetric else 32))
+        core = core_format(fmt)
+        base = core.base if isinstance(core, SparseFormat) else core
+        if isinstance(base, BlockFormat):  # nested ones are not cuttable
+            unit = math.lcm(DQ_ROWS, (base.rows or 1) * (1 if base.symmetric else 32))
     fit = work // (WORKING_COPIES * FLOAT * shape[1])
     return min(shape[0], max(unit, fit // unit * unit))
 

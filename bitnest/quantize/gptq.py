@@ -95,27 +95,27 @@ def gptq(
     group_order = order[:, ::g] // g  # the group that came at each place
     back = group_order.argsort(dim=1)[:, None, :].expand(-1, weight.shape[1], -1)
     scales = torch.stack([grid.scale.squeeze(1) for grid in grids], dim=2).gather(2, back)
-    zeros = _zeros(grids)
+    zeros = zero_points(grids)
     if zeros is not None:
         zeros = zeros.gather(2, back)
     levels = gather_rows(levels, order.argsort(dim=1)).transpose(1, 2).contiguous()
-    decoded = _decode(levels, scales, g)
+    decoded = decode_levels(levels, scales, g)
     miss = weight - decoded
     pull = miss @ hessian  # half the gradient, for the refit too
     error = (pull * miss).sum(2)
     result = Quantized(codec, shared, levels, scales, zeros, decoded, error)
     if refit and codec.refits:
-        _refit(result, weight, hessian, pull, g)
+        refit_better(result, weight, hessian, pull, g)
     return result
 
 
-def _refit(
+def refit_better(
     result: Quantized, weight: torch.Tensor, hessian: torch.Tensor, pull: torch.Tensor, g: int
 ) -> None:
     """Replace the scales of the rows (or tiles of rows) whose error falls by that."""
     codec = result.codec
     scales = refit_scales(pull, hessian, result.levels, result.scales, codec, result.shared, g)
-    decoded = _decode(result.levels, scales, g)
+    decoded = decode_levels(result.levels, scales, g)
     miss = weight - decoded
     loss = ((miss @ hessian) * miss).sum(2)
     gain = result.error - loss
@@ -204,7 +204,7 @@ def rtn(
     levels = torch.cat([part[0] for part in parts], dim=2)
     scales = torch.cat([part[1] for part in parts], dim=2)
     zeros = [part[2] for part in parts if part[2] is not None]
-    decoded = _decode(levels, scales, g)
+    decoded = decode_levels(levels, scales, g)
     miss = (weight - decoded).square_()
     error = miss.sum(2) if importance is None else (miss @ importance[:, :, None]).squeeze(2)
     return Quantized(
@@ -356,13 +356,13 @@ def _sweep(
     return levels, grids
 
 
-def _zeros(grids: list[Grid]) -> torch.Tensor | None:
+def zero_points(grids: list[Grid]) -> torch.Tensor | None:
     """Zero points of the groups in the order of `grids`, (B, O, G)."""
     zeros = [grid.zero.squeeze(1) for grid in grids if grid.zero is not None]
     return torch.stack(zeros, dim=2) if zeros else None
 
 
-def _decode(levels: torch.Tensor, scales: torch.Tensor, g: int) -> torch.Tensor:
+def decode_levels(levels: torch.Tensor, scales: torch.Tensor, g: int) -> torch.Tensor:
     """levels * scale on (B, O, I), groups along the last axis."""
     scale = scales.repeat_interleave(g, dim=2)[..., : levels.shape[2]]
     return levels * scale

@@ -22,12 +22,14 @@ from bitnest.formats import (
     LowRankFormat,
     NestedFormat,
     PackedFormat,
+    SparseFormat,
     TransformedFormat,
     ZeroFormat,
 )
 from bitnest.kernels import encode
 from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
 from bitnest.kernels.hadamard import random_signs, rotate, whole_block
+from bitnest.prune.solution import solve_sparse
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import gptq, rtn
 from bitnest.quantize.lowrank import (
@@ -52,6 +54,7 @@ class Options:
     method: gptq or rtn. damp: see gptq. weighting: tokens' weights in an expert's H. min_tokens:
     tokens under which an expert's H leans on the layer's; None: its number of input channels.
     clip: search clipping ratios. half: stored type of 16-bit scales. width_weights: see `Recipe`.
+    prune: how sparse formats choose (`prune/solution.py`).
     """
 
     method: str = "gptq"
@@ -61,6 +64,7 @@ class Options:
     clip: bool = True
     half: torch.dtype = torch.bfloat16
     width_weights: tuple[tuple[int, float], ...] = ()
+    prune: str = "sparsegpt"
 
 
 class Solution(Protocol):
@@ -136,6 +140,11 @@ def solve(
         h = None if options.method == "rtn" else hessian
         weights = dict(options.width_weights)
         return solve_nested(weight, h, fmt, half=options.half, damp=options.damp, weights=weights)
+    if isinstance(fmt, SparseFormat):
+        return solve_sparse(
+            weight, hessian, fmt, half=options.half, damp=options.damp, clip=options.clip,
+            compensate=options.method != "rtn", prune=options.prune,
+        )  # fmt: skip
     if isinstance(fmt, LowRankFormat):
         return _solve_low_rank(weight, hessian, fmt, options)
     kinds = {"awq": _awq, "perm": _permuted, "had": _hadamard, "rhad": _hadamard}
@@ -155,7 +164,7 @@ def narrower_errors(solution: Solution) -> tuple[torch.Tensor, ...]:
 
 def needs_statistics(fmt: PackedFormat) -> bool:
     """Whether the format cannot be chosen without inputs: even round-to-nearest needs H then."""
-    if isinstance(fmt, BlockFormat | NestedFormat | ZeroFormat):
+    if isinstance(fmt, BlockFormat | NestedFormat | SparseFormat | ZeroFormat):
         return False
     return fmt.kind in {"awq", "perm", "lqer", "hlr"} or needs_statistics(fmt.base)
 

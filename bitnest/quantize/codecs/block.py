@@ -168,7 +168,7 @@ class BlockCodec:
         spread = None
         if zeros is not None:
             spread = zeros.repeat_interleave(fmt.group_size(columns), dim=1)[:, :columns]
-        stored = self._pack(self.codes(v, spread, shared))
+        stored = self.pack(self.codes(v, spread, shared))
         if fmt.learned:
             assert shared.table is not None
             stored["table"] = shared.table.T.squeeze(0).to(self.half).contiguous()
@@ -181,7 +181,8 @@ class BlockCodec:
             stored["zeros"] = packed.T.contiguous()
         return stored
 
-    def _pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes (O, I) as they are stored."""
         element = self.element
         if isinstance(element, FloatElement):
             return pack_segments(codes, element.bits)
