@@ -21,6 +21,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Artifact:
             wanted.update(record.files(fmt))
         found: dict[str, TensorInfo] = {}
         for name in sorted(wanted):
-            if name in self.absent:
+            if name in self.absent and self._still_absent(name):
                 raise ArtifactError(
                     self.absent[name],
                     where=str(self.path),
@@ -130,13 +131,22 @@ class Artifact:
             found.update(infos if width is None else self._parts(name, width, infos, list(found)))
         return found
 
+    def _still_absent(self, name: str) -> bool:
+        """Whether planes that were missing when this was opened have not come since."""
+        file, entry = self.path / name, self.manifest["files"][name]
+        return not file.exists() or file.stat().st_size != entry["bytes"]
+
+    @cached_property
+    def _nested(self) -> bool:
+        return any(map(plane_width, self.manifest["files"]))
+
     def _check(self, name: str) -> None:
         """Hold a file of a nested artifact against its checksum, once.
 
         Raises:
             ArtifactError: it was changed.
         """
-        if name in self.checked or not any(map(plane_width, self.manifest["files"])):
+        if name in self.checked or not self._nested:
             return
         if sha256_file(self.path / name) != self.manifest["files"][name]["sha256"]:
             width = plane_width(name)
@@ -182,6 +192,7 @@ class Artifact:
                 where=str(self.path),
                 hint=f"changed or damaged; fetch it again: {pulling(self.path)}",
             )
+        self.checked.update(name for name in asked if name not in self.absent)
         gone = [name for name in asked if name in self.absent]
         for name in sorted(gone, key=lambda name: plane_width(name) or 0):
             raise ArtifactError(

@@ -605,3 +605,41 @@ def test_the_summary_predicts_from_measured_errors(artifact: Path) -> None:
 def test_a_weight_for_a_width_that_nothing_has(moe: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no weight is nested at 3"):
         api.compress(moe, tmp_path / "a", nested="4-8", width_weights=["3=2"])
+
+
+def test_planes_that_come_later_are_read_by_a_model_that_runs(
+    artifact: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    api.pull(artifact, part, bits=3)
+    model: Any = bitnest.load(part, bits=3)
+    with pytest.raises(ArtifactError, match="missing"):
+        model.set_bits(4)
+    api.pull(artifact, part, bits=4)
+    model.set_bits(4)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, bitnest.load(artifact, bits=4)(TOKENS).logits)
+
+
+def test_what_is_decoded_of_a_partial_artifact_is_said(artifact: Path, tmp_path: Path) -> None:
+    from bitnest.packed.decoded import decoding_note
+
+    part = tmp_path / "part"
+    api.pull(artifact, part, bits=3)
+    assert "at 3 bits (wider planes are not there" in decoding_note(part)
+    assert "at 8 bits:" in decoding_note(artifact)
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"texts": 3}', '{"texts": ["t", "u"]}'])
+def test_a_manifest_that_does_not_say_what_widths_cost(
+    artifact: Path, tmp_path: Path, damage: str
+) -> None:
+    import shutil
+
+    part = tmp_path / "part"
+    shutil.copytree(artifact, part)
+    manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+    manifest["sensitivity"] = json.loads(damage)
+    (part / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="what widths cost"):
+        bitnest.load(part, size="1GB")

@@ -220,11 +220,10 @@ def decoding_note(model: str | Path) -> str:
     if not is_artifact(path):
         return ""
     artifact = Artifact.open(path)
-    have = nested_widths(artifact)
-    if not have:
+    if not nested_widths(artifact):
         return ""
     bits = widest_width(artifact)
-    beyond = "" if bits == have[-1] else f" (the planes of {have[-1]} bits are not there)"
+    beyond = " (wider planes are not there, or not whole)" if artifact.absent else ""
     return (
         f"a nested artifact, decoded at {bits} bits{beyond}: the error of that width is added; "
         "start from the original if you have it"

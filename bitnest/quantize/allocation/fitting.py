@@ -22,7 +22,7 @@ import numpy as np
 from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Fit, depths
 from bitnest.calibrate.slopes import read_fit
-from bitnest.errors import RecipeError
+from bitnest.errors import ArtifactError, RecipeError
 from bitnest.formats import AnyFormat, cut, parse_format, widths
 from bitnest.manifest import SiteRecord
 from bitnest.packed.widths import loaded_formats
@@ -70,7 +70,7 @@ class Fitting:
     not chosen.
 
     Raises:
-        RecipeError: nothing in the artifact is nested.
+        RecipeError: nothing in the artifact is nested. ArtifactError: a damaged manifest.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -86,10 +86,17 @@ class Fitting:
         self.resident = dense_bytes(artifact) + sum(record.nbytes for record in others)
         known = artifact.manifest.get("sensitivity")
         self.known = known is not None
-        self.texts = tuple(known["texts"]) if known is not None else (TEXT,)
         kinds = tuple(dict.fromkeys(r.site.kind for r in nested))
-        fit = read_fit(known) if known is not None else Fit(kinds, (1.0,) * len(kinds), 0, 0, 0)
-        self.menu = self._menu(nested, formats, kinds)
+        try:
+            self.texts = tuple(known["texts"]) if known is not None else (TEXT,)
+            fit = read_fit(known) if known is not None else Fit(kinds, (1.0,) * len(kinds), 0, 0, 0)
+            self.menu = self._menu(nested, formats, kinds)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                "the manifest does not say what widths cost",
+                where=str(artifact.path),
+                hint="copy the artifact again, or compress again",
+            ) from error
         lost = [r for r in others if r.error > 0]
         places = {r.site.name: i for i, r in enumerate([*nested, *others])}
         depth = depths([r.site for r in [*nested, *others]])
