@@ -79,7 +79,7 @@ class ReducedCheckpoint(Checkpoint):
     @property
     def ordinary(self) -> bool:
         """Whether transformers builds the model without bitnest: all layers of experts alike."""
-        return not _unequal(self.config)
+        return is_ordinary(self.config)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, reduced, in its stored type, on the CPU.
@@ -115,9 +115,10 @@ class ReducedCheckpoint(Checkpoint):
         return {**self.base.origin(), "reduced": self.reduction.summary()}
 
 
-def _unequal(config: Mapping[str, Any]) -> bool:
+def is_ordinary(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a config.json is one that transformers builds without bitnest."""
     inner = (value for value in config.values() if isinstance(value, dict))
-    return any(KEY in own for own in (config, *inner))
+    return not any(KEY in own for own in (config, *inner))
 
 
 def _check_experts(skeleton: Skeleton, reduction: Reduction) -> ExpertAxes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,12 +15,15 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from bitnest import api
+from bitnest.api.writing import write_checkpoint
 from bitnest.calibrate.collector import dense_weights, reference_experts
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.observe import Observer
 from bitnest.checkpoint import Checkpoint
 from bitnest.cli import app
-from bitnest.errors import CheckpointError, UnsupportedModel
+from bitnest.errors import ArtifactError, CheckpointError, TargetError, UnsupportedModel
+from bitnest.export.compressed_tensors import export_compressed_tensors
 from bitnest.lora import Adapter
 from bitnest.merged import MergedCheckpoint
 from bitnest.packed.loading import load_model
@@ -344,3 +348,56 @@ def test_block_that_would_change_its_kind_is_refused(tiny: Builder) -> None:
     path = tiny("qwen3_moe", "sparse-steps", num_hidden_layers=4, decoder_sparse_step=2)
     with pytest.raises((UnsupportedModel, CheckpointError)):
         ReducedCheckpoint.of(Checkpoint.open(path), Reduction({}, dropped=(1,)))
+
+
+def test_written_checkpoint_is_an_ordinary_model(tiny: Builder, tmp_path: Path) -> None:
+    path = tiny("mixtral")  # in shards
+    reduced = ReducedCheckpoint.of(
+        Checkpoint.open(path), Reduction({0: keep(3, 1), 1: keep(0, 2)}, dropped=())
+    )
+    digest = write_checkpoint(reduced, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+    assert torch.equal(logits(model.eval()), logits(dense(reduced)))
+    record = json.loads((tmp_path / "out" / "origin.json").read_text())
+    assert record["sha256"] == digest == reduced.scan()
+    assert record["reduced"]["experts"]["0"]["slots"] == [[3], [1]]
+    with pytest.raises(ArtifactError):
+        write_checkpoint(reduced, tmp_path / "out")
+
+
+def test_unequal_layers_are_written_as_no_checkpoint_and_no_export(
+    tiny: Builder, tmp_path: Path
+) -> None:
+    base = Checkpoint.open(tiny("qwen3_moe"))
+    reduced = ReducedCheckpoint.of(base, Reduction({0: keep(0, 1, 2)}))
+    with pytest.raises(CheckpointError, match="unequal"):
+        write_checkpoint(reduced, tmp_path / "out")
+    artifact = compressed(reduced, tmp_path / "a", format="int4-channel")
+    with pytest.raises(TargetError, match="unequal"):
+        export_compressed_tensors(artifact, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    equal = ReducedCheckpoint.of(base, Reduction({0: keep(0, 1, 2), 1: keep(1, 2, 3)}))
+    artifact = compressed(equal, tmp_path / "b", format="int4-channel")
+    result = export_compressed_tensors(artifact, tmp_path / "out")
+    assert result.verified == 8 + 2 * 3 * 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_local_experts"] == 3
+
+
+def test_nested_artifact_of_unequal_layers_is_analyzed(
+    tiny: Builder, tmp_path: Path, text: Path
+) -> None:
+    """Choices of no expert are in no count, no pair, and no cache."""
+    base, reduction = mixed(tiny)
+    reduced = ReducedCheckpoint.of(base, reduction)
+    artifact = compressed(reduced, tmp_path / "a", format="nest2348-g32")
+    out = tmp_path / "s"
+    api.analyze(artifact, out, data=[f"a={text}"], samples=4, length=32, probes=2,
+                probe_windows=1, fisher_windows=1, formats=["int4-g32"])  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    layer, other = report["layers"]
+    assert layer["experts"] == 3 and len(layer["tokens"][0]) == 3
+    assert sum(layer["tokens"][0]) < sum(other["tokens"][0])
+    assert np.shape(layer["transitions"]) == (3, 3)
+    assert layer["margin"] is None and other["margin"] is not None
+    assert [row["layer"] for row in report["offloading"]["srp"]] == [1]
