@@ -24,6 +24,7 @@ from bitnest.checkpoint import Checkpoint
 from bitnest.cli import app
 from bitnest.errors import ArtifactError, CheckpointError, TargetError, UnsupportedModel
 from bitnest.export.compressed_tensors import export_compressed_tensors
+from bitnest.export.plan_targets import open_target
 from bitnest.lora import Adapter
 from bitnest.merged import MergedCheckpoint
 from bitnest.packed.loading import load_model
@@ -232,6 +233,23 @@ def test_calibrated_artifact_of_unequal_layers_evaluates(
     assert F.cosine_similarity(full, packed, dim=-1).median() > 0.999
 
 
+@pytest.mark.parametrize("path", ["eager", "batched_mm", "grouped_mm"])
+def test_biases_of_no_expert_are_not_added(tiny: Builder, path: str) -> None:
+    """gpt_oss: experts with biases, which a choice of none must not bring in."""
+    base, reduction = mixed(tiny, "gpt_oss")
+    model = dense(ReducedCheckpoint.of(base, reduction))
+    module = model.model.layers[0].mlp.experts
+    x, gates = torch.randn(8, 64), torch.rand(8, 2)
+    with torch.no_grad():
+        with reference_experts([module]):
+            want = module(x, CHOICES, gates)
+        module.config._experts_implementation = path
+        got = module(x, CHOICES, gates)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    nothing = module(x, torch.full((8, 2), 1), gates)
+    assert not nothing.any()
+
+
 def test_calibration_counts_tokens_by_expert_not_by_row(tiny: Builder) -> None:
     base, reduction = mixed(tiny)
     skeleton = Skeleton.build(ReducedCheckpoint.of(base, reduction))
@@ -377,6 +395,8 @@ def test_unequal_layers_are_written_as_no_checkpoint_and_no_export(
     with pytest.raises(TargetError, match="unequal"):
         export_compressed_tensors(artifact, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(TargetError, match="unequal"):
+        open_target("vllm-cpu", reduced.config)
     equal = ReducedCheckpoint.of(base, Reduction({0: keep(0, 1, 2), 1: keep(1, 2, 3)}))
     artifact = compressed(equal, tmp_path / "b", format="int4-channel")
     result = export_compressed_tensors(artifact, tmp_path / "out")
