@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from bitnest import api
 from bitnest.api.writing import write_checkpoint
 from bitnest.calibrate.collector import dense_weights, reference_experts
+from bitnest.calibrate.cover import cover
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.calibrate.observe import Observer
 from bitnest.checkpoint import Checkpoint
@@ -27,7 +28,8 @@ from bitnest.export.compressed_tensors import export_compressed_tensors
 from bitnest.export.plan_targets import open_target
 from bitnest.lora import Adapter
 from bitnest.merged import MergedCheckpoint
-from bitnest.packed.loading import load_model
+from bitnest.packed.loading import load_model, load_tokenizer
+from bitnest.progress import Silent
 from bitnest.quantize.compress import prepare, run, with_calibration
 from bitnest.quantize.transforms.online import attach_experts
 from bitnest.quantize.transforms.per_matrix import Hadamard
@@ -421,3 +423,15 @@ def test_nested_artifact_of_unequal_layers_is_analyzed(
     assert np.shape(layer["transitions"]) == (3, 3)
     assert layer["margin"] is None and other["margin"] is not None
     assert [row["layer"] for row in report["offloading"]["srp"]] == [1]
+
+
+def test_self_sampling_runs_the_reduced_model(tiny: Builder) -> None:
+    """The base lies in the directory: it has other experts, and would be counted for the wrong."""
+    base, reduction = mixed(tiny)
+    job = prepare(ReducedCheckpoint.of(base, reduction), Recipe(format="int4-g32", min_tokens=40))
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    calibration = CalibrationSet(tokens, ("t",) * 2, {"t": 2}, "0")
+    found, drawn = cover(job, calibration, "self", tokenizer=load_tokenizer(base.path), sources=(),
+                         limit=4, seed=0, progress=Silent())  # fmt: skip
+    assert drawn.windows == 4 and len(found.tokens) == 6
+    assert all(p.is_meta for p in job.skeleton.model.parameters())
