@@ -103,6 +103,11 @@ def down_input(module: Any, up_weight: torch.Tensor, expert: int, x: torch.Tenso
     return _activate(module, F.linear(x, up_weight, _bias(module, up_name(module), expert, x)))
 
 
+def expert_output(module: Any, weights: Weights, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert gives for tokens x (n, hidden), chosen or not: (n, hidden), before gates."""
+    return _post_norm(module, _expert(module, weights, expert, x)[2])
+
+
 def _post_norm(module: Any, y: torch.Tensor) -> torch.Tensor:
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
