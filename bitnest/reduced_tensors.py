@@ -10,37 +10,17 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import CheckpointError, UnsupportedModel
 from bitnest.expert_axes import ExpertAxes
+from bitnest.neurons import Neurons, gate_layout
 from bitnest.reduction import LayerExperts, Own, Reduction
 from bitnest.resized import CONSTANTS
 from bitnest.safetensors_io import DTYPES, NAMES, TensorInfo
 from bitnest.skeleton import Skeleton, Source
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """Where a tensor of one expert has its intermediate neurons.
-
-    dim: along it. layout: one, halves (gate then up) or pairs (gate and up in turns).
-    """
-
-    dim: int
-    layout: str = "one"
-
-    def permute(self, tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-        """The tensor with its neurons in `order`."""
-        index = torch.tensor(order)
-        if self.layout == "halves":
-            index = torch.cat([index, index + len(order)])
-        elif self.layout == "pairs":
-            index = torch.stack([2 * index, 2 * index + 1], dim=1).flatten()
-        return tensor.index_select(self.dim, index)
 
 
 @dataclass(frozen=True)
@@ -274,21 +254,6 @@ class _Parts:
         if str(block) not in parts:
             raise _odd(key, "a tensor of a block without its number in its name")
         return _with_number(key, parts.index(str(block)), self.number[block])
-
-
-def gate_layout(module: Any, where: str) -> str:
-    """How an experts module's first projection lays out gate and up, found by trying.
-
-    Raises:
-        UnsupportedModel: neither in halves nor in pairs.
-    """
-    x = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
-    order = [3, 0, 5, 1, 4, 2]
-    for layout in ("halves", "pairs"):
-        moved = Neurons(1, layout).permute(x, order)
-        if torch.equal(module._apply_gate(moved), module._apply_gate(x)[:, order]):
-            return layout
-    raise _odd(where, "a gate that is neither in halves nor in pairs")
 
 
 def _differing(keys: Sequence[str]) -> int:
