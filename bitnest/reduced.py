@@ -50,17 +50,23 @@ class ReducedCheckpoint(Checkpoint):
 
     @classmethod
     def of(
-        cls, base: Checkpoint, reduction: Reduction, *, trust_remote_code: bool = False
+        cls,
+        base: Checkpoint,
+        reduction: Reduction,
+        *,
+        trust_remote_code: bool = False,
+        skeleton: Skeleton | None = None,
+        axes: ExpertAxes | None = None,
     ) -> ReducedCheckpoint:
-        """`base`, reduced.
+        """`base`, reduced. skeleton, axes: the base's, where they are known already.
 
         Raises:
             CheckpointError: experts, rows or blocks that are not there, or no model without them.
             UnsupportedModel: a family whose experts or blocks cannot go, or groups of its router.
         """
-        skeleton = Skeleton.build(base, trust_remote_code=trust_remote_code)
+        skeleton = skeleton or Skeleton.build(base, trust_remote_code=trust_remote_code)
         check_dropped(reduction.dropped, reduction.experts, len(skeleton.blocks))
-        axes = _check_experts(skeleton, reduction) if reduction.experts else None
+        axes = _check_experts(skeleton, reduction, axes) if reduction.experts else None
         parts = reduced_parts(skeleton, axes, reduction)
         config = reduced_config(skeleton, axes, reduction)
         tensors = {name: info for name, (_, info) in parts.items()}
@@ -107,7 +113,10 @@ class ReducedCheckpoint(Checkpoint):
             assert progress is not None
             progress(nbytes * self.nbytes // total)
 
-        scanned = self.base.scan(None if progress is None else step)
+        return self.hash_of(self.base.scan(None if progress is None else step))
+
+    def hash_of(self, scanned: str) -> str:
+        """What `scan` gives where the base's gives `scanned`."""
         return hashlib.sha256(f"reduced:{scanned};{self.reduction.sha256};".encode()).hexdigest()
 
     def origin(self) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def is_ordinary(config: Mapping[str, Any]) -> bool:
     return not any(KEY in own for own in (config, *inner))
 
 
-def _check_experts(skeleton: Skeleton, reduction: Reduction) -> ExpertAxes:
+def _check_experts(skeleton: Skeleton, reduction: Reduction, axes: ExpertAxes | None) -> ExpertAxes:
     config = skeleton.model.config
     if config_experts(config):
         raise UnsupportedModel(
@@ -129,7 +138,7 @@ def _check_experts(skeleton: Skeleton, reduction: Reduction) -> ExpertAxes:
             where=str(skeleton.checkpoint.path),
             hint="start from the model it was made of",
         )
-    axes = expert_axes(skeleton.model, skeleton.prefix)
+    axes = axes or expert_axes(skeleton.model, skeleton.prefix)
     text = config.get_text_config()
     for block, layer in reduction.experts.items():
         if block not in axes.modules:

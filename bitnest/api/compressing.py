@@ -257,6 +257,26 @@ def check_weights(recipe: Recipe, nesting: Nesting | None, job: Job) -> None:
                           hint="widths: " + ", ".join(map(str, sorted(own))))  # fmt: skip
 
 
+def reduced(job: Job, statistics: str | Path | None) -> Job:
+    """The job without experts and blocks that are to go. statistics: say what constants are and how
+    mergers are weighted.
+
+    Raises:
+        RecipeError: they are needed and there are none, or fates that cannot be.
+    """
+    from bitnest.quantize.fates import needs_means, read_means, reduce_job
+
+    means = None
+    if needs_means(job):
+        if statistics is None:
+            raise RecipeError(
+                "constants and mergers are made of what statistics measured",
+                hint="bitnest analyze MODEL -o DIR, then --statistics DIR",
+            )
+        means = read_means(Statistics.open(statistics))
+    return reduce_job(job, means)
+
+
 def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
     """Where statistics are looked for, if those that the plan was made of are there."""
     place = default_statistics(model)
@@ -470,6 +490,7 @@ class Maker:
                 if named:
                     raise
                 log.info("%s predict nothing: %s", statistics, error)
+        job = reduced(job, statistics)
         job = self.calibrated(job, statistics)
         if ready is not None:
             ready(job)

@@ -7,6 +7,7 @@ are decoded `kernels/decode`.
 
 from bitnest.formats.base import DenseFormat, Format, Part, total_bytes
 from bitnest.formats.block import BlockFormat, integer
+from bitnest.formats.fates import FateFormat, fates_apart
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
@@ -24,7 +25,7 @@ from bitnest.formats.wrappers import (
 from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
-    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "Format", "LowRankFormat",
+    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "FateFormat", "Format", "LowRankFormat",
     "NestedFormat", "PackedFormat", "Part", "SparseFormat", "TransformedFormat", "ZeroFormat",
-    "core_format", "cut", "integer", "parse_format", "refinement", "total_bytes", "widths",
+    "core_format", "cut", "fates_apart", "integer", "parse_format", "refinement", "total_bytes", "widths",
 ]  # fmt: skip

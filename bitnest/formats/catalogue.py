@@ -129,7 +129,13 @@ FAMILIES: dict[str, dict[str, str]] = {
         "int3-g128+hlr16": "weighted by all of H, codes and residual fitted in turns (ours)",
     },
     "dense": {"dense": "the source's own 16-bit values"},
-    "dropped": {"zero": "all weights zero, nothing stored: what dropping a matrix is"},
+    "dropped": {
+        "zero": "all weights zero, nothing stored: what dropping a matrix is",
+        "drop": "an expert and its router row are gone; tokens choose among the others",
+        "constant": "an expert gives its mean output (MoE++)",
+        "copy": "an expert gives what it reads (MoE++)",
+        "merge0": "an expert is merged into expert 0 of its layer, by frequency",
+    },
 }
 
 CATALOGUE: tuple[Entry, ...] = tuple(

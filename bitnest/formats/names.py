@@ -1,6 +1,6 @@
 """Format names: one grammar, read and written.
 
-name      base [%sparsity] [@transform]... [+residual], dense [%sparsity] or zero
+name      base [%sparsity] [@transform]... [+residual], dense [%sparsity], zero or a fate
 base      alias | element-grain[-option]... | nested
 element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
@@ -11,6 +11,7 @@ transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
 nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel,
           stack<widths>-r<rank>; widths are digits: nest2345678-g128
 residual  lorc<rank>, lqer<rank>, hlr<rank>
+fate      drop, constant, copy, merge<expert>
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bitnest.formats.elements import (
     TableElement,
     TernaryElement,
 )
+from bitnest.formats.fates import parse_fate
 from bitnest.formats.minifloat import MiniFloat
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
@@ -97,6 +99,8 @@ def parse_format(name: str) -> AnyFormat:
         return DenseFormat()
     if name == "zero":
         return ZeroFormat()
+    if (fate := parse_fate(name)) is not None:
+        return fate
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
     base, mark, pattern = name[:cut].partition("%")
     core = _sparse(base, pattern, name) if mark else parse_base(base, name)

@@ -34,7 +34,7 @@ from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat, parse_format, widths
+from bitnest.formats import AnyFormat, DenseFormat, FateFormat, parse_format, widths
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
 from bitnest.manifest import FORMAT_VERSION, SiteRecord
@@ -177,6 +177,8 @@ def run(
     Raises:
         BitnestError: before work for whatever can be known then; during work for a full disk.
     """
+    if any(isinstance(fmt, FateFormat) for fmt in job.formats.values()):
+        raise AssertionError("a job with experts that are gone must be reduced first")
     started = time.monotonic()
     progress = progress or Silent()
     budget = Budget.plan(job.skeleton, job.sites, job.memory)

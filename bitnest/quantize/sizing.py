@@ -23,6 +23,7 @@ from bitnest.errors import UnsupportedModel
 from bitnest.formats import AnyFormat, DenseFormat, refinement, widths
 from bitnest.manifest import SiteRecord, manifest_text
 from bitnest.planes import join_streams, plane_file
+from bitnest.quantize.fates import Reducer
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
 from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
@@ -77,14 +78,17 @@ def artifact_sizes(
     formats: Mapping[str, AnyFormat],
     context: int = 0,
     assumed: Assumed | None = None,
+    reducer: Reducer | None = None,
 ) -> Sizes:
     """Sizes of the artifact that `job` would become with other formats. assumed: the calibration
-    text, where the job has none yet.
+    text, where the job has none yet. reducer: of the job's model, if one is at hand.
 
     Raises:
         UnsupportedModel: a context is given and the family's cache is not known.
+        RecipeError: fates that cannot be.
     """
     job = replace(job, formats=dict(formats))
+    job = (reducer or Reducer(job)).reduce(job, None)
     tokens = None if job.calibration is None else job.calibration.tokens.numel()
     if assumed is not None:
         tokens = assumed.tokens
