@@ -39,6 +39,7 @@ from bitnest.checkpoint import Checkpoint, resolve_model
 from bitnest.errors import ArtifactError, RecipeError
 from bitnest.export.pulling import pull
 from bitnest.export.slicing import slice_artifact
+from bitnest.formats import fates_apart
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
@@ -176,7 +177,8 @@ def analyze(
     """Measure how `model` is used and how sensitive it is, into the directory `out`.
 
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
-    and loss are measured at every site, with `method`. importance, fisher_windows, probes,
+    and loss are measured at every site, with `method`; `drop`, `constant`, `copy` and `merge`
+    among them are fates of experts. importance, fisher_windows, probes,
     probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`; without importance
     there is nothing to calibrate, and no probe is measured. cover: `data` or `self`
     adds up to cover_limit windows until every expert has min_tokens. reuse: a directory of
@@ -194,10 +196,12 @@ def analyze(
     from bitnest.quantize.compare import parse_formats
     from bitnest.quantize.compress import prepare, with_calibration
 
+    formats, fates = fates_apart(formats)
+    formats = formats or (CANDIDATES if fates else ())
     candidates = tuple(parse_formats(formats, data=True)) if formats else ()
     analysis = Analysis(
         candidates, importance, fisher_windows, 0 if importance == "none" else probes,
-        probe_windows, hessian, keep_hessians,
+        probe_windows, hessian, keep_hessians, fates,
     )  # fmt: skip
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
@@ -211,8 +215,16 @@ def analyze(
         memory=memory,
         compute=compute,
     )
+    if fates and not any(site.expert is not None for site in job.sites):
+        raise RecipeError(f"the model has no experts to {fates[0]}", where=str(model),
+                          hint="--format zero drops matrices")  # fmt: skip
     target = Path(out).absolute()
     if reuse is not None:
+        if fates:
+            raise RecipeError(
+                f"--reuse runs no model, and {fates[0]} is measured on one",
+                hint=f"bitnest analyze MODEL --format {fates[0]} -o DIR, anew",
+            )
         from bitnest.calibrate.extend import extend as add
         from bitnest.statistics import Statistics
 

@@ -226,6 +226,7 @@ def open_planner(
     """
     from bitnest.calibrate.predict import Predictor, widths_of
     from bitnest.export.plan_targets import open_target
+    from bitnest.formats import fates_apart
     from bitnest.quantize.allocation.budget import check_budget
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import prepare
@@ -241,7 +242,9 @@ def open_planner(
         check_source(job, model, statistics, progress)
     measured = _measured(model, statistics)
     if measured is not None:
-        ruled_formats = [name for name in _ruled(job) if not widths_of(name)]
+        ruled_formats = [
+            name for name in fates_apart(_ruled(job))[0] if not widths_of(name)
+        ]  # fmt: skip
         asked = (*(_names(candidates) or measured.formats), *ruled_formats)
         anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
         measured.check_formats(asked, anew if statistics is None else "")
@@ -252,7 +255,7 @@ def open_planner(
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )
-    ruled = [rule.format for rule in job.recipe.rules if rule.format != "dense"]
+    ruled = [f for f in fates_apart([r.format for r in job.recipe.rules])[0] if f != "dense"]
     wanted = wanted if nesting is None else nesting.measured
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     found = ensure_statistics(
@@ -380,13 +383,17 @@ def check_target(job: Job, plan: Plan) -> None:
         PlanError, TargetError: an unknown target, or the first site that breaks a rule of it.
     """
     from bitnest.export.plan_targets import open_target
+    from bitnest.formats import FateFormat
+    from bitnest.quantize.fates import check_engine_fates
     from bitnest.targets import TARGETS
 
     if plan.target not in TARGETS:
         raise PlanError(f"unknown target '{plan.target}'", where=plan.where,
                         hint="one of " + ", ".join(TARGETS))  # fmt: skip
     target, chosen = open_target(plan.target, job.checkpoint.config), job.formats
+    check_engine_fates(job, target.name)
     sites = [site for site in job.sites if site.kind != "router"]
+    sites = [site for site in sites if not isinstance(chosen[site.name], FateFormat)]
     hint = "mend the plan's rules, or plan for this target again"
     for site in sites:
         reason = target.allows(site, chosen[site.name])
@@ -414,9 +421,12 @@ def check_measured(
         PlanError: the first site that has one, with the line of its rule.
     """
     from bitnest.calibrate.predict import widths_of
+    from bitnest.formats import FateFormat
 
     for site in sites:
         name = chosen[site.name].name
+        if isinstance(chosen[site.name], FateFormat):
+            continue
         if name not in {"dense", *measured} and not widths_of(name):
             raise PlanError(
                 f"format '{name}' of {site.name} was not measured",

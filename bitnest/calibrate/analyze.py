@@ -18,11 +18,12 @@ beyond that their diagonal has to do, which is said in the header ("hessian") an
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ from bitnest.quantize.solve import Options
 from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
 from bitnest.sites import Site, is_experts, is_tied
 from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
-from bitnest.workdir import storage_error
+from bitnest.workdir import storage_error, write_text
 
 log = logging.getLogger(__name__)
 
 HESSIAN_BYTES = 1 << 30  # of one pass's expert Hessians without --memory
 MAX_PASSES = 8
+FATE_TOKENS = 16384  # that fates of experts are measured on, about
 HELD = "/held"  # keeps windows that Hessians do not see in batches of their own
 HESSIANS = ("auto", "full", "diagonal")
 
@@ -75,7 +77,7 @@ class Analysis:
     formats: candidates for every site but routers. importance: kl or loss (gradients), probes (KL
     of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
     of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
-    store them.
+    store them. fates: of experts, whose errors are measured (`prune/experts/fates`).
     """
 
     formats: tuple[PackedFormat, ...]
@@ -85,6 +87,7 @@ class Analysis:
     probe_windows: int = 16
     hessian: str = "auto"
     keep_hessians: bool = False
+    fates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = (*IMPORTANCE, "probes", "none")
@@ -100,6 +103,9 @@ class Analysis:
                 f"{self.probes} probes",
                 hint="--fisher-windows and --probe-windows from 1, --probes from 0",
             )
+        if self.fates and self.importance == "none":
+            raise RecipeError("without importance no fate of an expert has a loss",
+                              hint="leave out --importance none")  # fmt: skip
         if not self.formats and (self.importance != "none" or self.probes):
             raise RecipeError(
                 "nothing to be sensitive to: no candidate format",
@@ -108,7 +114,12 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "formats": [fmt.name for fmt in self.formats]}
+        found = {**asdict(self), "formats": [fmt.name for fmt in self.formats]}
+        return {**found, "fates": list(self.fates)} if self.fates else _without(found, "fates")
+
+
+def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
 
 
 def analyze(
@@ -184,6 +195,7 @@ class _Run:
     def run(self, finished: int) -> Statistics:
         """From the block number `finished` on."""
         started = time.monotonic()
+        fates = self._fates()
         if self.analysis.importance in IMPORTANCE:
             self.fisher = self._fisher()
         count = len(self.skeleton.blocks)
@@ -209,7 +221,8 @@ class _Run:
         if self.ends.sites and not early and not self.writer.done(count):
             self._score_ends(stream)
         measured = self._measure(stream, probes)
-        return self.writer.finish(self._header(probes, measured, time.monotonic() - started))
+        header = self._header(probes, measured, time.monotonic() - started)
+        return self.writer.finish({**header, **fates})
 
     def _stream(self, samples: Sequence[int], *, singles: bool = False) -> Stream:
         return Stream(
@@ -247,6 +260,33 @@ class _Run:
             own = [i for i in chosen if self.numbers[i] == number]
             kept.extend(own[len(own) - min(most, len(own)) :])
         return frozenset(kept)
+
+    # ---- fates
+
+    def _fates(self) -> dict[str, Any]:
+        """What is known of fates, for the header; read back if an earlier run measured it."""
+        kinds = self.analysis.fates
+        if not kinds:
+            return {}
+        file = self.writer.state / "fates.json"
+        if not file.exists():
+            from bitnest.prune.experts.fates import measure_fates
+
+            length = self.calibration.tokens.shape[1]
+            samples = self._windows(max(1, FATE_TOKENS // length), last=False)
+            labels = [self.calibration.labels[i] for i in samples]
+            part = replace(
+                self.calibration, tokens=self.calibration.tokens[samples], labels=tuple(labels),
+                counts={label: labels.count(label) for label in dict.fromkeys(labels)},
+            )  # fmt: skip
+            layers = measure_fates(
+                self.skeleton, part, kinds,
+                dtype=self.job.compute, device=self.job.device, progress=self.progress,
+            )  # fmt: skip
+            write_text(file, json.dumps({"fates": {"kinds": list(kinds), "layers": layers}}))
+            release()
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
 
     # ---- Fisher
 

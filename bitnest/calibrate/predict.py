@@ -64,7 +64,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from bitnest.calibrate.fate_losses import FateLosses
 from bitnest.errors import StatisticsError
+from bitnest.formats import FateFormat, parse_format
 from bitnest.sites import ENDS, Site
 from bitnest.statistics import Statistics
 
@@ -161,7 +163,11 @@ class Predictor:
         Raises:
             StatisticsError: a site or a format that was not measured.
         """
-        self.check_formats(list(dict.fromkeys(plan.values())), "; or leave out --statistics")
+        gone = {
+            n: fate for n, fmt in plan.items() if isinstance(fate := parse_format(fmt), FateFormat)
+        }
+        coded = dict.fromkeys(fmt for name, fmt in plan.items() if name not in gone)
+        self.check_formats(list(coded), "; or leave out --statistics")
         choice = np.full(len(self.sites), -1)
         for name, fmt in plan.items():
             if name not in self._number:
@@ -170,8 +176,9 @@ class Predictor:
                     where=str(self.statistics.path),
                     hint=f"bitnest inspect {self.statistics.path}; bitnest analyze this model",
                 )
-            choice[self._number[name]] = self.column(fmt)
-        sums = self.sums(choice)
+            if name not in gone:
+                choice[self._number[name]] = self.column(fmt)
+        sums = self.sums(choice, self.fate_losses(gone))
         kl = self.fit.kl(sums)
         covered = [d for d, label in enumerate(self.labels) if self.known[d]]
         return Prediction(
@@ -221,14 +228,35 @@ class Predictor:
             )
         return alike[0]
 
-    def sums(self, choice: np.ndarray) -> np.ndarray:
+    @cached_property
+    def fates(self) -> FateLosses:
+        """Losses of experts that are dropped, replaced or merged."""
+        return FateLosses(self.statistics, self.losses, relative_errors(self.statistics))
+
+    def fate_losses(self, gone: Mapping[str, FateFormat]) -> dict[int, np.ndarray]:
+        """Losses (L,) by number of the site that an expert's is counted at. gone: fates by site.
+
+        Raises:
+            StatisticsError: one that was not measured.
+        """
+        found = {}
+        for name, fate in gone.items():
+            site = self.sites[self._number[name]] if name in self._number else None
+            if site is not None and site.expert is not None:
+                place = (site.layer, site.expert)
+                found[self.fates.last[place]] = self.fates.loss(place, fate)
+        return found
+
+    def sums(self, choice: np.ndarray, fates: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
         """Losses per label and kind, grown with each other, (L, K), of format numbers per site,
-        (S,), -1 for none."""
+        (S,), -1 for none. fates: see `fate_losses`."""
         chosen = choice >= 0
         own = np.zeros((len(self.sites), len(self.labels)))
         own[chosen] = self.losses[np.nonzero(chosen)[0], choice[chosen]]
         drop = self.formats.index(DROP) if DROP in self.formats else len(self.formats)
         count_drops_once(own, self.experts, choice == drop)
+        for site, loss in (fates or {}).items():
+            own[site] = loss
         totals = np.zeros((len(self.kinds), len(self.labels)))
         np.add.at(totals, self._kind, own * growth(own.sum(axis=0), self.depth))
         return totals.T

@@ -172,8 +172,8 @@ def _by_kind(planned: Planned) -> Any:
     menu = planned.menu
     used = [f for f in range(len(menu.formats)) if (planned.choice == f).any()]
     used.sort(key=lambda f: float(menu.widths[f]))
-    names = np.array([brief_name(name) for name in menu.formats])
-    columns = list(dict.fromkeys(names[f] for f in used))
+    chosen = np.array([brief_name(name) for name in menu.names(planned.choice)])
+    columns = list(dict.fromkeys(n for f in used for n in chosen[planned.choice == f]))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("weights by kind")
     for name in columns:
@@ -184,7 +184,6 @@ def _by_kind(planned: Planned) -> Any:
         total = menu.numel[own].sum()
         if not total:
             continue
-        chosen = names[planned.choice]
         shares = [menu.numel[own & (chosen == name)].sum() / total for name in columns]
         bits = menu.bits[own, planned.choice[own]].sum() / total
         cells = [f"{share:.1%}" if share else "-" for share in shares]

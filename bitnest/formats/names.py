@@ -151,6 +151,7 @@ def nested_name(text: str, group: int | None = None) -> str:
 
 def brief_name(name: str) -> str:
     """A format's name for tables: of nested ones the widest width alone, `nest..5-g128@had64`."""
+    name = re.sub(r"^merge[0-9]+$", "merge", name)
     return re.sub(r"^(nest|mat|mwq|any|stack)[0-9]+([0-9])-", r"\1..\2-", name)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitnest.errors import RecipeError
+from bitnest.errors import RecipeError, TargetError
 from bitnest.expert_axes import ExpertAxes, expert_axes
 from bitnest.formats import AnyFormat, FateFormat
 from bitnest.kinds import ENDS
@@ -248,6 +248,27 @@ class Reducer:
 def reduce_job(job: Job, means: Mapping[int, Means] | None) -> Job:
     """See `Reducer.reduce`."""
     return Reducer(job).reduce(job, means)
+
+
+def check_engine_fates(job: Job, target: str) -> None:
+    """Refuse layers of unequal numbers of experts where an engine is to load them. Blocks may go.
+
+    Raises:
+        RecipeError: see `read_fates`.
+        TargetError: experts go, but not by drop, or not as many of every layer.
+    """
+    experts = read_fates(job.sites, job.formats).experts
+    if target == "native" or not experts:
+        return
+    layers = {site.layer for site in job.sites if site.expert is not None}
+    counts = {sum(block == layer for block, _ in experts) for layer in layers}
+    other = next((fate.name for fate in experts.values() if fate.kind != "drop"), None)
+    if other is not None or len(counts) > 1:
+        raise TargetError(
+            f"{target} cannot load "
+            + (f"experts that are {other}" if other else "layers of unequal numbers of experts"),
+            hint="drop as many experts of every layer, or plan for native",
+        )
 
 
 def needs_means(job: Job) -> bool:

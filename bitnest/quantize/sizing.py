@@ -23,8 +23,8 @@ from bitnest.errors import UnsupportedModel
 from bitnest.formats import AnyFormat, DenseFormat, refinement, widths
 from bitnest.manifest import SiteRecord, manifest_text
 from bitnest.planes import join_streams, plane_file
-from bitnest.quantize.fates import Reducer
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
+from bitnest.quantize.fates import Reducer
 from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
 

@@ -17,6 +17,9 @@
     columns.<site>               (I,) norms of the weight's columns
     lookups                      (L, V) how often each token occurs, of the ends only
 
+The header's "fates", where they were asked for, holds relative errors of layers whose experts are
+dropped, replaced or merged (`prune/experts/fates`). They are of one run: a merger has none.
+
 Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
 machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
 exceptions: absmax is a maximum, traces are joined, weights' own figures are the same in both, and
@@ -47,6 +50,7 @@ from typing import Any
 import torch
 
 from bitnest.errors import CheckpointError, StatisticsError
+from bitnest.formats import fates_apart
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
 from bitnest.sites import ENDS, Site
 from bitnest.statistics.header import AGAIN, HEADER, VERSION, open_header
@@ -113,13 +117,20 @@ class Statistics:
         """Names of the candidate formats whose sensitivity was measured."""
         return list(self.header["formats"])
 
+    @property
+    def fates(self) -> list[str]:
+        """Kinds of fates of experts whose loss is known (`calibrate/fate_losses`)."""
+        return list((self.header.get("fates") or {"kinds": ()})["kinds"])
+
     def check_formats(self, names: Sequence[str], otherwise: str = "") -> None:
         """Refuse formats that were not measured. otherwise: another way on, for the hint.
 
         Raises:
             StatisticsError: one was not.
         """
-        missing = [name for name in names if name not in self.formats]
+        formats, fates = fates_apart(names)
+        missing = [name for name in formats if name not in self.formats]
+        missing += [kind for kind in fates if kind not in self.fates]
         if missing:
             raise StatisticsError(
                 f"format '{missing[0]}' is no candidate of these statistics",
@@ -131,6 +142,7 @@ class Statistics:
         """The command that gives statistics of these formats: by adding those that are missing, if
         what that takes was kept, or else all anew."""
         kept = self.header["hessian"] != "full" or self.header["options"]["keep_hessians"]
+        kept = kept and not fates_apart(names)[1]
         wanted = [n for n in dict.fromkeys(names) if not kept or n not in self.formats]
         formats = " ".join(f"--format {name}" for name in wanted)
         if kept and self.formats:

@@ -38,6 +38,9 @@ SCHEMA: dict[Any, Any] = {  # (x,): x or null; [x]: a list of x; {str: x}: x und
     "files": {str: {"bytes": int, "sha256": str}},
     "fingerprint": {},
 }  # fmt: skip
+FATES: dict[Any, Any] = {  # only where fates of experts were measured
+    "kinds": [str], "layers": [{"layer": int, "zero": [float]}],
+}  # fmt: skip
 AGAIN = "copy the directory again, or repeat bitnest analyze"
 
 
@@ -55,6 +58,7 @@ def open_header(path: Path) -> dict[str, Any]:
         if version == VERSION:
             _check_types(header, SCHEMA, "header")
             _check_agreement(header)
+            _check_fates(header)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StatisticsError(
             f"no statistics here: no {HEADER}",
@@ -119,6 +123,25 @@ def _check_agreement(header: Mapping[str, Any]) -> None:
     for name, fine in agree.items():
         if not fine:
             raise ValueError(f"'{name}' and the rest contradict each other")
+
+
+def _check_fates(header: Mapping[str, Any]) -> None:
+    """Raise ValueError if what fates cost is not told of every expert."""
+    found = header.get("fates")
+    if found is None:
+        return
+    _check_types(found, FATES, "header.fates")
+    experts = {
+        layer["layer"]: item["experts"] for layer in header["layers"] for item in layer["experts"]
+    }
+    for layer in found["layers"]:
+        count = experts.get(layer["layer"])
+        columns = ["zero", *found["kinds"], *(["partner"] if "merge" in found["kinds"] else [])]
+        for name in columns:
+            own = layer.get(name)
+            if not isinstance(own, list) or len(own) != count:
+                raise ValueError(f"'fates' of block {layer['layer']} lack '{name}' of its experts")
+            _check_types(own, [(int if name == "partner" else float,)], f"header.fates.{name}")
 
 
 def _probe_fits(probe: Mapping[str, Any], labels: list[str], formats: int, sites: int) -> bool:

@@ -135,7 +135,7 @@ def _merged_header(parts: Sequence[Statistics], labels: Sequence[str]) -> dict[s
         for key in ("length", "seed")
     }
     return {
-        **{k: v for k, v in first.items() if k not in {"version", "layers", "files"}},
+        **{k: v for k, v in first.items() if k not in {"version", "layers", "files", "fates"}},
         **common,
         "labels": list(labels),
         "importance": importance,

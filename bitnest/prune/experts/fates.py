@@ -23,9 +23,9 @@ import torch
 from bitnest.calibrate.collector import dense_weights
 from bitnest.calibrate.data import CalibrationSet
 from bitnest.kernels.experts import expert_output
+from bitnest.progress import Progress
 from bitnest.prune.experts.probe import LayerProbe, probe_layers
 from bitnest.prune.experts.scores import elimination
-from bitnest.progress import Progress
 from bitnest.skeleton import Skeleton
 
 TRIED = 2

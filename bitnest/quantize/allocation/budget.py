@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitnest.errors import RecipeError
-from bitnest.formats import parse_format
+from bitnest.formats import FateFormat, fates_apart, parse_format
 from bitnest.kinds import ENDS
 from bitnest.quantize.allocation.menu import build_menu, check_suited
 from bitnest.quantize.compress import Job
@@ -78,6 +78,8 @@ def check_budget(
     """
     planned = ends if ends is not None else budget.bits is None
     sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
+    sites = [s for s in sites if not isinstance(job.formats[s.name], FateFormat)]
+    formats, _ = fates_apart(formats)
     fixed = ruled_formats(job, sites)
     check_suited([s for s in sites if s.name not in fixed], formats, target)
     extra = beside(fixed, formats)

@@ -10,7 +10,7 @@ from bitnest.calibrate.distribution.significance import joint_significance
 from bitnest.calibrate.predict import Predictor, output_errors, token_shares
 from bitnest.calibrate.summary.usage import Usage, expert_layers
 from bitnest.errors import RecipeError
-from bitnest.quantize.allocation.menu import Menu
+from bitnest.quantize.allocation.menu import FATE, Menu
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.policies.common import Evidence
 from bitnest.sites import Site
@@ -70,7 +70,7 @@ def _noise(predictor: Predictor, menu: Menu, rows: Sequence[Sequence[int]]) -> n
     """Output error per token of every choice, (N, F): share * tr(dW H dW^T), summed."""
     noise = output_errors(predictor.statistics)
     columns = [
-        np.zeros(len(noise)) if name == "dense" else noise[:, predictor.column(name)]
+        np.zeros(len(noise)) if name in {"dense", FATE} else noise[:, predictor.column(name)]
         for name in menu.formats
     ]
     whole = np.stack(columns, axis=1)

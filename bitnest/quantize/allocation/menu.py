@@ -3,7 +3,9 @@
 An item is a group of sites that the target wants equal, mostly one site. Its bytes, code bits and
 losses are the sums of its sites'. Dense costs what the source's values take and loses nothing.
 `zero`, where it is among the formats, drops a matrix; all matrices of one expert dropped together
-lose one such loss, since nothing of the others is left to lose (`predict.WHOLE`): a bundle.
+lose one such loss, since nothing of the others is left to lose (`predict.WHOLE`): a bundle. So does
+an expert with a fate (`formats/fates`): of those it may have, the one that loses least is on the
+menu, in a column of its own that only bundles may take.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from bitnest.calibrate.fate_losses import Offer
 from bitnest.calibrate.predict import DROP, WHOLE, depths, whole_experts
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, parse_format
@@ -22,6 +25,17 @@ from bitnest.recipe import sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
+FATE = "fate"  # the column of fates
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An expert that may go. items: its matrices'. fate: format name. loss: by label, (L,)."""
+
+    items: tuple[int, ...]
+    fate: str
+    loss: np.ndarray
+
 
 @dataclass(frozen=True)
 class Menu:
@@ -29,7 +43,8 @@ class Menu:
 
     items: sites of each. formats: names. kinds: of sites, K. kind: its number per item, (N,).
     nbytes: (N, F) int64, metadata included. bits: (N, F) int64, code bits alone. losses: raw
-    predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,).
+    predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,). gone: experts
+    that may go, of any item one at most.
     """
 
     items: tuple[tuple[Site, ...], ...]
@@ -40,6 +55,7 @@ class Menu:
     bits: np.ndarray
     losses: np.ndarray
     numel: np.ndarray
+    gone: tuple[Gone, ...] = ()
 
     @cached_property
     def allowed(self) -> np.ndarray:
@@ -94,11 +110,23 @@ class Menu:
 
     def plan(self, choice: np.ndarray) -> dict[str, str]:
         """Site name -> format name of one choice per item."""
+        names = self.names(choice)
         return {
-            site.name: self.formats[int(c)]
-            for item, c in zip(self.items, choice, strict=True)
-            for site in item
+            site.name: name for item, name in zip(self.items, names, strict=True) for site in item
         }
+
+    def names(self, choice: np.ndarray) -> list[str]:
+        """Format names of one choice per item."""
+        fates = {i: gone.fate for gone in self.gone for i in gone.items}
+        found = [self.formats[int(c)] for c in choice]
+        return [fates[i] if name == FATE else name for i, name in enumerate(found)]
+
+    def taken(self, choice: np.ndarray) -> list[Gone]:
+        """Experts that go."""
+        if not self.gone:
+            return []
+        away = np.array([name == FATE for name in self.formats])[choice]
+        return [gone for gone in self.gone if away[gone.items[0]]]
 
     def choice(self, plan: Mapping[str, str]) -> np.ndarray:
         """The inverse of `plan`.
@@ -139,13 +167,23 @@ class Menu:
         groups = [tuple(alone[i] for i in group) for group in found]
         return tuple(group for group in groups if self.allowed[list(group), drop].all())
 
-    def bundles(self, weighted: np.ndarray) -> tuple[Bundle, ...]:
-        """Experts that can be dropped whole. weighted: loss (N, F) in one unit."""
+    def bundles(self, weighted: np.ndarray, slope: np.ndarray) -> tuple[Bundle, ...]:
+        """Experts that can be dropped whole. weighted: loss (N, F) in one unit. slope: of that unit
+        by the items' raw losses, (N, L)."""
         drop = self.formats.index(DROP) if self.experts else 0
-        return tuple(
-            Bundle(group, (drop,) * len(group), WHOLE * float(weighted[list(group), drop].max()))
+        found = {
+            group: Bundle(
+                group, (drop,) * len(group), WHOLE * float(weighted[list(group), drop].max())
+            )
             for group in self.experts
-        )
+        }
+        fate = self.formats.index(FATE) if self.gone else 0
+        for gone in self.gone:
+            items = gone.items
+            own = Bundle(items, (fate,) * len(items), float(slope[items[-1]] @ gone.loss))
+            if items not in found or own.loss < found[items].loss:
+                found[items] = own
+        return tuple(found.values())
 
 
 def build_menu(
@@ -205,6 +243,34 @@ def build_menu(
             hint=f"candidates: {', '.join(names)}; target: {target.name}",
         )
     return menu
+
+
+def with_fates(menu: Menu, offers: Mapping[tuple[int, int], Offer], itemsize: int) -> Menu:
+    """The menu on which experts may go. offers: by block and expert. itemsize: bytes of a constant's
+    value. An expert whose matrices are tied to others' stays."""
+    alone = [i for i, item in enumerate(menu.items) if len(item) == 1]
+    cheapest = np.where(menu.allowed, menu.nbytes, np.iinfo(np.int64).max).min(axis=1)
+    nbytes = np.zeros(len(menu.items), dtype=np.int64)
+    found = []
+    for group in whole_experts([menu.items[i][0] for i in alone]):
+        items = tuple(alone[i] for i in group)
+        site = menu.items[items[-1]][0]
+        offer = offers.get((site.layer, site.expert or 0))
+        if offer is None:
+            continue
+        constant = offer.fate.kind == "constant"
+        own = itemsize * min(site.shape[0], menu.items[items[0]][0].shape[1]) if constant else 0
+        if own > cheapest[items[-1]]:
+            continue
+        nbytes[items[-1]] = own
+        found.append(Gone(items, offer.fate.name, offer.loss))
+    column = np.full((len(menu.items), 1, menu.losses.shape[2]), np.inf)
+    return replace(
+        menu, formats=(*menu.formats, FATE), gone=tuple(found),
+        nbytes=np.concatenate([menu.nbytes, nbytes[:, None]], axis=1),
+        bits=np.concatenate([menu.bits, np.zeros_like(menu.bits[:, :1])], axis=1),
+        losses=np.concatenate([menu.losses, column], axis=1),
+    )  # fmt: skip
 
 
 def check_suited(sites: Sequence[Site], formats: Sequence[str], target: Target) -> None:

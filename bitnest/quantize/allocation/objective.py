@@ -72,6 +72,9 @@ class Objective:
         own = self.menu.losses[np.arange(len(choice)), choice].copy()
         dropped = np.array([name == DROP for name in self.menu.formats])[choice]
         count_drops_once(own, self.menu.experts, dropped)
+        for gone in self.menu.taken(choice):
+            own[list(gone.items)] = 0.0
+            own[gone.items[-1]] = gone.loss
         return own
 
     def sums(self, choice: np.ndarray) -> np.ndarray:
@@ -101,7 +104,11 @@ class Objective:
         return float(self.kl(choice) @ self.weights)
 
     def linear(self, choice: np.ndarray | None) -> np.ndarray:
-        """Loss (N, F) in one unit: the objective's tangent at a choice, or at no loss at all.
+        """Loss (N, F) in one unit; see `slope`."""
+        return np.asarray((self.menu.losses * self.slope(choice)[:, None]).sum(axis=2))
+
+    def slope(self, choice: np.ndarray | None) -> np.ndarray:
+        """Of the objective by raw losses, (N, L), at a choice, or at no loss at all.
 
         With g_i the growth of item i at total T, c_i = a_k(i) + b / (2 sqrt(S)), S the grown sum,
 
@@ -120,13 +127,13 @@ class Objective:
             power = GROWTH * (1 - self.depth[:, None])
             faster = grown * power * KAPPA / (1 + KAPPA * total)
             slope = each * grown + (each * own * faster).sum(axis=0)
-        slope = (slope * self.weights)[: len(self.menu.items), None, :]
-        return np.asarray((self.menu.losses * slope).sum(axis=2))
+        return np.asarray((slope * self.weights)[: len(self.menu.items)])
 
     def problem(self, cost: np.ndarray, budget: int, choice: np.ndarray | None) -> Problem:
         """The linear problem whose tangent lies at a choice."""
-        loss = self.linear(choice)
-        return Problem(cost, loss, budget, self.menu.bundles(loss))
+        slope = self.slope(choice)
+        loss = np.asarray((self.menu.losses * slope[:, None]).sum(axis=2))
+        return Problem(cost, loss, budget, self.menu.bundles(loss, slope))
 
     def minimise(
         self, cost: np.ndarray, budget: int, *, exact: bool = False, settled: float = SETTLED

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -23,21 +24,23 @@ from typing import Any
 import numpy as np
 
 from bitnest.calibrate.expect import Expected
+from bitnest.calibrate.fate_losses import Offer
 from bitnest.calibrate.predict import Predictor, widths_of
 from bitnest.calibrate.slopes import sensitivity
 from bitnest.errors import RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, parse_format
+from bitnest.formats import AnyFormat, FateFormat, fates_apart, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited
+from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited, with_fates
 from bitnest.quantize.allocation.nesting import Nesting
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
+from bitnest.quantize.fates import Fates, Reducer, read_fates
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import resolved, sized
 from bitnest.sites import Site
@@ -94,7 +97,18 @@ class Planner:
         self.weights = label_weights(self.labels, weights)
         self.known = {site.name: site for site in job.sites}
         check_sites(job, predictor)
-        self.formats = tuple(predictor.formats if formats is None else formats)
+        coded, kinds = fates_apart(predictor.statistics.fates if formats is None else formats)
+        if nesting is None:
+            predictor.statistics.check_formats(kinds)
+        native = target.name == "native" and nesting is None
+        self.kinds = kinds if native else ()
+        if kinds and formats is not None and not native:
+            raise RecipeError(
+                f"{target.name} cannot load layers with unequal numbers of experts",
+                where=f"--candidate {kinds[0]}",
+                hint="--target native, or drop as many of every layer: --rule 'PATTERN=drop'",
+            )
+        self.formats = coded or tuple(predictor.formats)
         if nesting is not None:
             self.formats = nesting.formats
         predictor.check_formats(self.formats)
@@ -107,7 +121,18 @@ class Planner:
         """
         if policy not in POLICIES:
             raise RecipeError(f"unknown policy '{policy}'", hint="one of " + ", ".join(POLICIES))
-        evidence = self.evidence(budget)
+        found = self._planned(self.evidence(budget), budget, policy)
+        if policy != "bitnest" or not self.kinds:
+            return found
+        merging = tuple(kind for kind in self.kinds if kind != "merge")
+        for kinds in dict.fromkeys((self.kinds, merging)):
+            evidence = self.evidence(budget, kinds=kinds)
+            if evidence.menu.gone:
+                other = self._planned(evidence, budget, policy)
+                found = other if _better(other, found, budget) else found
+        return found
+
+    def _planned(self, evidence: Evidence, budget: Budget, policy: str) -> Planned:
         if budget.bits is not None:
             spend = round(budget.bits * int(evidence.menu.numel.sum()))
             try:
@@ -143,6 +168,16 @@ class Planner:
             RecipeError: it names no site, or breaks a rule of the target.
         """
         formats = plan.formats(self.job.sites)
+        fated = {
+            n: fate for n, f in formats.items() if isinstance(fate := parse_format(f), FateFormat)
+        }
+        if fated:
+            other = copy(self)
+            other.job = replace(self.job, formats={**self.job.formats, **fated})
+            return other._evaluated(plan, formats)
+        return self._evaluated(plan, formats)
+
+    def _evaluated(self, plan: Plan, formats: Mapping[str, str]) -> Planned:
         evidence = self.evidence(Budget(size=1), ends=True, suited=False)
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
@@ -151,10 +186,16 @@ class Planner:
         return replace(found, plan=now)
 
     def evidence(
-        self, budget: Budget, *, ends: bool | None = None, suited: bool = True
+        self,
+        budget: Budget,
+        *,
+        ends: bool | None = None,
+        suited: bool = True,
+        kinds: Sequence[str] = (),
     ) -> Evidence:
         """Menu and grounds for a kind of budget. ends: whether embedding and head are on the menu;
-        None: as the planner does. suited: refuse candidates of which the target takes none.
+        None: as the planner does. suited: refuse candidates of which the target takes none. kinds:
+        fates that experts may have.
 
         Raises:
             RecipeError: they are, or no format is left for a site.
@@ -162,7 +203,10 @@ class Planner:
         """
         if ends is None:
             ends = self.ends if self.ends is not None else budget.bits is None
+        fates = read_fates(self.job.sites, self.job.formats)
+        gone = {n for n, fmt in self.job.formats.items() if isinstance(fmt, FateFormat)}
         sites = [s for s in self.predictor.sites if ends or s.kind not in ENDS]
+        sites = [s for s in sites if s.name not in gone]
         fixed = ruled_formats(self.job, sites)
         target = self.target
         if suited:
@@ -172,10 +216,43 @@ class Planner:
         menu = self._menu(sites, self.formats, fixed, target)
         if budget.bits is not None:
             menu = menu.one_per_width()
+        if kinds:
+            menu = with_fates(menu, self._offers(kinds, fixed, fates), self.job.itemsize)
         return read_evidence(
             self.predictor, menu, weights=self.weights, background=self._background(sites),
             latency=self.latency, exact=self.exact,
         )  # fmt: skip
+
+    def _offers(
+        self, kinds: Sequence[str], fixed: Mapping[str, str], fates: Fates
+    ) -> dict[tuple[int, int], Offer]:
+        """The fate of every expert that may go. One of every layer stays, and all of those that rules
+        speak of or that others are merged with."""
+        known = self.predictor.fates
+        ruled = {block for block, _ in fates.experts} | set(fates.dropped)
+        named = {
+            (site.layer, site.expert) for site in self.predictor.sites
+            if site.expert is not None and site.name in fixed
+        }  # fmt: skip
+        weight = np.array(self.predictor.known, dtype=float)
+        zero = {place: float(loss @ weight) for place, loss in known.zero.items()}
+        stay = set(named)
+        for block in {block for block, _ in zero}:
+            stay.add(max((place for place in zero if place[0] == block), key=zero.__getitem__))
+        found: dict[tuple[int, int], Offer] = {}
+        for place in sorted(zero, key=zero.__getitem__):
+            if place[0] in ruled or place in stay:
+                continue
+            offers = known.offers(place, kinds)
+            for offer in offers:
+                partner = (place[0], offer.fate.partner)
+                if offer.fate.kind != "merge" or partner not in found:
+                    kept = replace(offer, loss=offer.loss[np.array(self.predictor.known)])
+                    found[place] = kept
+                    if offer.fate.partner is not None:
+                        stay.add((place[0], offer.fate.partner))
+                    break
+        return found
 
     def _menu(
         self,
@@ -253,6 +330,10 @@ class Planner:
         losses = [
             self.predictor.losses[place[s.name], self.predictor.column(ruled[s.name])] for s in ends
         ]
+        gone = {n: f for n, f in self.job.formats.items() if isinstance(f, FateFormat)}
+        for number, loss in self.predictor.fate_losses(gone).items():
+            ends.append(self.predictor.sites[number])
+            losses.append(loss)
         known = np.array(self.predictor.known)
         if not losses:
             return Background.none(int(known.sum()))
@@ -265,7 +346,8 @@ class Planner:
     def _check_measured(self, ruled: Sequence[str]) -> None:
         statistics = self.predictor.statistics
         for name in ruled:
-            if name not in statistics.formats and not widths_of(name):
+            fate = isinstance(parse_format(name), FateFormat)
+            if name not in statistics.formats and not widths_of(name) and not fate:
                 raise StatisticsError(
                     f"format '{name}', which a rule asks for, was not measured",
                     where=str(statistics.path),
@@ -313,7 +395,13 @@ class Planner:
         if self.job.asked is None:  # carried out later, with options that are not known yet
             job = replace(job, asked=self._asked(budget))
         assumed = None if self.job.calibration is not None else self._assumed()
-        return artifact_sizes(job, self._formats(formats), budget.context, assumed)
+        return artifact_sizes(
+            job, self._formats(formats), budget.context, assumed, self._reducer
+        )  # fmt: skip
+
+    @cached_property
+    def _reducer(self) -> Reducer:
+        return Reducer(self.job)
 
     def _draft(self, budget: Budget) -> Plan:
         """A plan whose summary is as long as it can become."""
@@ -418,6 +506,13 @@ class Planner:
         found = (solve_exact if self.exact else solve)(problem)
         loss = problem.loss_of(choice)
         return max(0.0, (loss - found.bound) / loss) if loss > 0 else 0.0
+
+
+def _better(one: Planned, other: Planned, budget: Budget) -> bool:
+    """Whether `one` is predicted to lose less, or with a limit of KL takes less."""
+    if budget.kl is not None:
+        return one.sizes.total < other.sizes.total
+    return one.mean < other.mean
 
 
 def label_weights(labels: Sequence[str], weights: Mapping[str, float] | None) -> np.ndarray | None:

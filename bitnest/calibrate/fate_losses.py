@@ -1,0 +1,128 @@
+"""What fates of experts lose, from statistics, in the unit of other losses [ours].
+
+Sensitivity says what it costs to lose an expert's output to second order (`zero`): its down
+projection's loss per relative output error, at an error of 1. A fate costs as much more or less as
+its layer errs with it, measured on a sample (`prune/experts/fates`):
+
+    loss(e, fate) = LARGE * loss_zero(e) * error(e, fate) / error(e, zero)
+
+LARGE is what so large a change costs beyond second order (see there). One token more than were seen
+counts for every expert, at its layer's mean loss per token: one that none chose is not free.
+
+Statistics without fates know the loss of zero; drop, constant and copy are taken to err as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitnest.errors import StatisticsError
+from bitnest.formats import FateFormat
+from bitnest.statistics import Statistics
+
+LARGE = 2.0  # of a fate's loss to second order
+BLUR = 1e-3  # of a layer's mean error, added to errors that are divided
+Place = tuple[int, int]  # block, expert
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A fate that an expert may have. fate: with its partner. loss: by dataset, (L,)."""
+
+    fate: FateFormat
+    loss: np.ndarray
+
+
+class FateLosses:
+    """Losses of whole experts' fates.
+
+    zero: by expert, (L,), the loss of its output to second order. last: by expert, place of the
+    site that it is counted at. kinds: that were measured.
+    """
+
+    def __init__(self, statistics: Statistics, losses: np.ndarray, errors: np.ndarray) -> None:
+        """losses: raw, (S, F, L). errors: relative, (S, F)."""
+        self.statistics = statistics
+        self.kinds = tuple((statistics.header.get("fates") or {}).get("kinds", ()))
+        self.last: dict[Place, int] = {}
+        for i, site in enumerate(statistics.sites):
+            if site.expert is not None:
+                self.last[site.layer, site.expert] = i
+        self.zero = self._zero(losses, errors)
+        self._layers: Mapping[int, dict[str, Any]] = {
+            layer["layer"]: layer
+            for layer in (statistics.header.get("fates") or {"layers": ()})["layers"]
+        }
+
+    def _zero(self, losses: np.ndarray, errors: np.ndarray) -> dict[Place, np.ndarray]:
+        """loss / error differs by a percent between formats: their mean is taken."""
+        found: dict[Place, np.ndarray] = {}
+        tokens = _tokens(self.statistics)
+        for place, i in self.last.items():
+            known = errors[i] > 0
+            ratio = losses[i][known] / errors[i][known, None]
+            found[place] = ratio.mean(axis=0) if known.any() else np.zeros(losses.shape[2])
+        for block in {block for block, _ in found}:
+            own = [place for place in found if place[0] == block]
+            seen = sum(tokens.get(place, 0) for place in own)
+            each = sum((found[place] for place in own), np.zeros(losses.shape[2])) / max(1, seen)
+            for place in own:
+                found[place] = found[place] + each
+        return found
+
+    def offers(self, place: Place, kinds: Sequence[str]) -> list[Offer]:
+        """The fates of `kinds` that the expert may have, least loss first."""
+        found = [o for kind in kinds if (o := self._offer(place, kind)) is not None]
+        return sorted(found, key=lambda offer: float(offer.loss.sum()))
+
+    def loss(self, place: Place, fate: FateFormat) -> np.ndarray:
+        """Of one fate, (L,).
+
+        Raises:
+            StatisticsError: a merger that was not measured.
+        """
+        if fate.kind not in self.kinds and fate.kind != "merge":
+            return np.asarray(LARGE * self.zero[place])
+        offer = self._offer(place, fate.kind)
+        if offer is None and fate.kind == "drop":  # it was among those that must stay
+            errors = [e for e in self._layers[place[0]]["drop"] if e is not None]
+            return np.asarray(self._scaled(place, 2 * max(errors, default=0.0)))
+        if offer is None or (fate.partner is not None and offer.fate.partner != fate.partner):
+            block, expert = place
+            best = "" if offer is None else f"; measured: {offer.fate.name}"
+            raise StatisticsError(
+                f"{fate.name} of expert {expert} in block {block} was not measured{best}",
+                where=str(self.statistics.path),
+                hint="bitnest analyze MODEL --format merge measures each with its best partner",
+            )
+        return offer.loss
+
+    def _offer(self, place: Place, kind: str) -> Offer | None:
+        block, expert = place
+        if kind not in self.kinds or block not in self._layers:
+            return None
+        layer = self._layers[block]
+        error = layer[kind][expert]
+        if error is None:
+            return None
+        partner = layer["partner"][expert] if kind == "merge" else None
+        return Offer(FateFormat(kind, partner), self._scaled(place, error))
+
+    def _scaled(self, place: Place, error: float) -> np.ndarray:
+        zero = self._layers[place[0]]["zero"]
+        blur = BLUR * sum(zero) / len(zero) + 1e-30
+        return LARGE * self.zero[place] * (error + blur) / (zero[place[1]] + blur)
+
+
+def _tokens(statistics: Statistics) -> dict[Place, int]:
+    found = {}
+    for layer in statistics.layers:
+        for i, item in enumerate(layer["experts"]):
+            counts = statistics.read(layer["layer"], f"experts.{i}.up.tokens").sum(0)
+            for expert in range(item["experts"]):
+                found[layer["layer"], expert] = int(counts[expert])
+    return found
