@@ -249,7 +249,8 @@ def open_planner(
         anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
         measured.check_formats(asked, anew if statistics is None else "")
     if budget is not None:
-        known = _names(candidates) or (measured.formats if measured else wanted or goal.formats)
+        there = None if measured is None else (*measured.formats, *measured.fates)
+        known = _names(candidates) or there or wanted or goal.formats
         known = known if nesting is None else nesting.formats
         check_budget(job, goal, known, budget, ends)
     check_ends(

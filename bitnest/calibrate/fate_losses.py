@@ -52,27 +52,32 @@ class FateLosses:
         for i, site in enumerate(statistics.sites):
             if site.expert is not None:
                 self.last[site.layer, site.expert] = i
-        self.zero = self._zero(losses, errors)
+        known = errors > 0
+        ratios = losses / np.where(known, errors, 1.0)[:, :, None] * known[:, :, None]
+        self._slopes = ratios.sum(axis=1) / np.maximum(known.sum(axis=1), 1)[:, None]
+        self.zero = self._zero()
         self._layers: Mapping[int, dict[str, Any]] = {
             layer["layer"]: layer
             for layer in (statistics.header.get("fates") or {"layers": ()})["layers"]
         }
 
-    def _zero(self, losses: np.ndarray, errors: np.ndarray) -> dict[Place, np.ndarray]:
+    def _zero(self) -> dict[Place, np.ndarray]:
         """loss / error differs by a percent between formats: their mean is taken."""
-        found: dict[Place, np.ndarray] = {}
+        found = {place: self._slopes[i] for place, i in self.last.items()}
         tokens = _tokens(self.statistics)
-        for place, i in self.last.items():
-            known = errors[i] > 0
-            ratio = losses[i][known] / errors[i][known, None]
-            found[place] = ratio.mean(axis=0) if known.any() else np.zeros(losses.shape[2])
         for block in {block for block, _ in found}:
             own = [place for place in found if place[0] == block]
             seen = sum(tokens.get(place, 0) for place in own)
-            each = sum((found[place] for place in own), np.zeros(losses.shape[2])) / max(1, seen)
+            each = sum((found[place] for place in own), np.zeros(len(self.statistics.labels)))
+            each = each / max(1, seen)
             for place in own:
                 found[place] = found[place] + each
         return found
+
+    def matrix(self, site: int) -> np.ndarray:
+        """Of a matrix beside experts that goes with its block, (L,): as if it went alone, so that
+        the sum over a block is too high rather than too low."""
+        return np.asarray(LARGE * self._slopes[site])
 
     def offers(self, place: Place, kinds: Sequence[str]) -> list[Offer]:
         """The fates of `kinds` that the expert may have, least loss first."""

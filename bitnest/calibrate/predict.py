@@ -242,7 +242,11 @@ class Predictor:
         found = {}
         for name, fate in gone.items():
             site = self.sites[self._number[name]] if name in self._number else None
-            if site is not None and site.expert is not None:
+            if site is None:
+                continue
+            if site.expert is None:
+                found[self._number[name]] = self.fates.matrix(self._number[name])
+            else:
                 place = (site.layer, site.expert)
                 found[self.fates.last[place]] = self.fates.loss(place, fate)
         return found

@@ -25,7 +25,8 @@ from bitnest.formats.wrappers import (
 from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
-    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "FateFormat", "Format", "LowRankFormat",
-    "NestedFormat", "PackedFormat", "Part", "SparseFormat", "TransformedFormat", "ZeroFormat",
-    "core_format", "cut", "fates_apart", "integer", "parse_format", "refinement", "total_bytes", "widths",
+    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "FateFormat", "Format",
+    "LowRankFormat", "NestedFormat", "PackedFormat", "Part", "SparseFormat", "TransformedFormat",
+    "ZeroFormat", "core_format", "cut", "fates_apart", "integer", "parse_format", "refinement",
+    "total_bytes", "widths",
 ]  # fmt: skip

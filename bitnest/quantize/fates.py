@@ -1,9 +1,9 @@
 """Fates carried out: a job with experts and blocks that are gone becomes one of the smaller model.
 
 Rules and plans speak of the source's sites. Where some of them have fates for formats
-(`formats/fates`), `reduce_job` makes the `Reduction` that they ask for, reads the checkpoint through
-it and gives every site that is left the format of the one it was. Constants and weights of mergers
-are means over the tokens of statistics (`Means`).
+(`formats/fates`), `reduce_job` makes the `Reduction` that they ask for, reads the checkpoint
+through it and gives every site that is left the format of the one it was. Constants and weights of
+mergers are means over the tokens of statistics (`Means`).
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def read_fates(sites: Sequence[Site], formats: Mapping[str, AnyFormat]) -> Fates
         fates = {formats[site.name].name for site in own}
         if len(fates) > 1 and any(site.name in fated for site in own):
             odd = next(site for site in own if site.name in fated)
-            raise RecipeError(f"expert {place[1]} of block {place[0]} is {', '.join(sorted(fates))} "
-                              "in parts",
-                              where=odd.name, hint=WHOLE)  # fmt: skip
+            raise RecipeError(
+                f"parts of expert {place[1]} of block {place[0]} are {', '.join(sorted(fates))}",
+                where=odd.name, hint=WHOLE,
+            )  # fmt: skip
         if own[0].name in fated:
             found[place] = fated[own[0].name]
     _check_partners(found, experts)

@@ -79,10 +79,12 @@ def check_budget(
     planned = ends if ends is not None else budget.bits is None
     sites = [s for s in job.sites if s.kind != "router" and (planned or s.kind not in ENDS)]
     sites = [s for s in sites if not isinstance(job.formats[s.name], FateFormat)]
-    formats, _ = fates_apart(formats)
+    formats, fates = fates_apart(formats)
     fixed = ruled_formats(job, sites)
     check_suited([s for s in sites if s.name not in fixed], formats, target)
     extra = beside(fixed, formats)
+    if fates and target.name == "native":
+        return  # how small is known with the statistics
     named = (*formats, *extra)
     losses = np.zeros((len(sites), len(named), 1))
     menu = build_menu(sites, named, losses, target, itemsize=job.itemsize, fixed=fixed, extra=extra)

@@ -80,7 +80,8 @@ def marginal_price(problem: Problem, choice: np.ndarray) -> float:
     rows = np.arange(len(choice))
     cost, loss = problem.cost, problem.loss
     here_cost, here_loss = cost[rows, choice][:, None], loss[rows, choice][:, None]
-    more, saved = cost - here_cost, here_loss - loss
+    with np.errstate(invalid="ignore"):  # of experts that go, whose matrices have no loss alone
+        more, saved = cost - here_cost, here_loss - loss
     up = np.where((more > 0) & np.isfinite(loss), saved / np.where(more > 0, more, 1), 0.0)
     down = np.where((more < 0) & np.isfinite(loss), saved / np.where(more < 0, more, 1), np.inf)
     whole = problem.bundled(choice)
@@ -161,17 +162,18 @@ def _explanation(
 ) -> Explanation:
     menu, loss, cost = planned.menu, problem.loss[item], problem.cost[item]
     order = np.lexsort((loss, cost))
-    allowed = [int(f) for f in order if np.isfinite(loss[f])]
     values, drop, dropped = _values(problem, item, planned.choice, price)
+    alone = [int(f) for f in order if np.isfinite(loss[f])]
+    allowed = [int(f) for f in order if np.isfinite(loss[f]) or f == drop]
     least = min(float(values[f]) for f in allowed)
     above = np.where(values - least > TIE * abs(least), values - least, 0.0)
-    hull = _hull(allowed, cost, loss)
+    hull = _hull(alone, cost, loss) | {f for f in allowed if f not in alone}
     lines = []
     for f in allowed:
         mark = "chosen" if f == planned.choice[item] else "" if f in hull else "not on the hull"
         lines.append(
             Line(
-                menu.formats[f], int(menu.nbytes[item, f]),
+                menu.names_of(item)[f], int(menu.nbytes[item, f]),
                 float(menu.bits[item, f] / menu.numel[item]),
                 dropped if f == drop else float(loss[f]), float(above[f]), mark, f == drop,
             )

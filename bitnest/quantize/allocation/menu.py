@@ -43,8 +43,8 @@ class Menu:
 
     items: sites of each. formats: names. kinds: of sites, K. kind: its number per item, (N,).
     nbytes: (N, F) int64, metadata included. bits: (N, F) int64, code bits alone. losses: raw
-    predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,). gone: experts
-    that may go, of any item one at most.
+    predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,). gone:
+    experts that may go, an item in one at most.
     """
 
     items: tuple[tuple[Site, ...], ...]
@@ -117,9 +117,16 @@ class Menu:
 
     def names(self, choice: np.ndarray) -> list[str]:
         """Format names of one choice per item."""
-        fates = {i: gone.fate for gone in self.gone for i in gone.items}
-        found = [self.formats[int(c)] for c in choice]
-        return [fates[i] if name == FATE else name for i, name in enumerate(found)]
+        return [self.names_of(i)[int(c)] for i, c in enumerate(choice)]
+
+    def names_of(self, item: int) -> list[str]:
+        """Format names of an item's choices."""
+        fate = self._fates.get(item, FATE)
+        return [fate if name == FATE else name for name in self.formats]
+
+    @cached_property
+    def _fates(self) -> dict[int, str]:
+        return {i: gone.fate for gone in self.gone for i in gone.items}
 
     def taken(self, choice: np.ndarray) -> list[Gone]:
         """Experts that go."""
@@ -246,8 +253,8 @@ def build_menu(
 
 
 def with_fates(menu: Menu, offers: Mapping[tuple[int, int], Offer], itemsize: int) -> Menu:
-    """The menu on which experts may go. offers: by block and expert. itemsize: bytes of a constant's
-    value. An expert whose matrices are tied to others' stays."""
+    """The menu on which experts may go. offers: by block and expert. itemsize: bytes of a value
+    of a constant. An expert whose matrices are tied to others' stays."""
     alone = [i for i, item in enumerate(menu.items) if len(item) == 1]
     cheapest = np.where(menu.allowed, menu.nbytes, np.iinfo(np.int64).max).min(axis=1)
     nbytes = np.zeros(len(menu.items), dtype=np.int64)

@@ -33,7 +33,7 @@ from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import Menu, build_menu, check_suited, with_fates
+from bitnest.quantize.allocation.menu import FATE, Menu, build_menu, check_suited, with_fates
 from bitnest.quantize.allocation.nesting import Nesting
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.planned import Planned, expected
@@ -121,15 +121,24 @@ class Planner:
         """
         if policy not in POLICIES:
             raise RecipeError(f"unknown policy '{policy}'", hint="one of " + ", ".join(POLICIES))
-        found = self._planned(self.evidence(budget), budget, policy)
         if policy != "bitnest" or not self.kinds:
-            return found
+            return self._planned(self.evidence(budget), budget, policy)
+        found: Planned | None = None
+        refused: RecipeError | None = None
         merging = tuple(kind for kind in self.kinds if kind != "merge")
-        for kinds in dict.fromkeys((self.kinds, merging)):
+        for kinds in dict.fromkeys(((), self.kinds, merging)):  # no worse than without fates
             evidence = self.evidence(budget, kinds=kinds)
-            if evidence.menu.gone:
+            if kinds and not evidence.menu.gone:
+                continue
+            try:
                 other = self._planned(evidence, budget, policy)
-                found = other if _better(other, found, budget) else found
+            except RecipeError as error:
+                refused = error
+                continue
+            found = other if found is None or _better(other, found, budget) else found
+        if found is None:
+            assert refused is not None
+            raise refused
         return found
 
     def _planned(self, evidence: Evidence, budget: Budget, policy: str) -> Planned:
@@ -226,7 +235,7 @@ class Planner:
     def _offers(
         self, kinds: Sequence[str], fixed: Mapping[str, str], fates: Fates
     ) -> dict[tuple[int, int], Offer]:
-        """The fate of every expert that may go. One of every layer stays, and all of those that rules
+        """The fate of every expert that may go. One of every layer stays, and those that rules
         speak of or that others are merged with."""
         known = self.predictor.fates
         ruled = {block for block, _ in fates.experts} | set(fates.dropped)
@@ -362,6 +371,8 @@ class Planner:
         menu = evidence.menu
         rows = np.arange(len(menu.items))
         cheapest = np.where(menu.allowed, menu.nbytes, np.iinfo(np.int64).max).argmin(axis=1)
+        for gone in menu.gone:
+            cheapest[list(gone.items)] = menu.formats.index(FATE)
         low = int(menu.nbytes[rows, cheapest].sum())
         least = self.sizes(menu, cheapest, budget).total
         if least > budget.size:
