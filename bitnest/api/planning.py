@@ -5,6 +5,7 @@ Planning reads the checkpoint's headers and the statistics, no weights: seconds 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
 from bitnest.kinds import ENDS
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.recipe import Recipe, Rule
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from bitnest.formats import AnyFormat
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from bitnest.sites import Site
     from bitnest.statistics import Statistics
 
+DEFAULT_FATES = ("drop", "constant")  # that are measured unless formats are named
 AGREEMENT = 0.77  # share of tokens whose top choice changes, over the root of the mean KL in nats
 """Measured on three texts and widths of 2 to 4 bits: .69 to .78 (docs/performance.md)."""
 
@@ -259,6 +263,7 @@ def open_planner(
     ruled = [f for f in fates_apart([r.format for r in job.recipe.rules])[0] if f != "dense"]
     wanted = wanted if nesting is None else nesting.measured
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
+    named = (*named, *default_fates(job, named, candidates, goal.name, nesting))
     found = ensure_statistics(
         model, statistics, formats=named, progress=progress,
         trust_remote_code=trust_remote_code, **analysis,
@@ -267,6 +272,30 @@ def open_planner(
         job, Predictor(found), goal, formats=_names(candidates), ends=ends,
         weights=weights, latency=latency, exact=exact, nesting=nesting,
     )  # fmt: skip
+
+
+def default_fates(
+    job: Job,
+    formats: Sequence[str],
+    candidates: Sequence[str],
+    target: str,
+    nesting: Nesting | None,
+) -> tuple[str, ...]:
+    """Fates that are measured with `formats` where nothing was said: those of experts that can go,
+    for whoever can load what is left."""
+    from bitnest.errors import UnsupportedModel
+    from bitnest.expert_axes import expert_axes
+    from bitnest.formats import fates_apart
+
+    asked = bool(candidates) or nesting is not None or fates_apart(formats)[1]
+    if asked or target != "native" or all(site.expert is None for site in job.sites):
+        return ()
+    try:
+        expert_axes(job.skeleton.model, job.skeleton.prefix)
+    except UnsupportedModel as error:
+        log.info("experts stay: %s", error)
+        return ()
+    return DEFAULT_FATES
 
 
 def check_source(

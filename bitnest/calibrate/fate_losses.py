@@ -9,7 +9,8 @@ its layer errs with it, measured on a sample (`prune/experts/fates`):
 LARGE is what so large a change costs beyond second order (see there). One token more than were seen
 counts for every expert, at its layer's mean loss per token: one that none chose is not free.
 
-Statistics without fates know the loss of zero; drop, constant and copy are taken to err as much.
+Statistics without fates know the loss of zero; drop, constant and copy are taken to err as much,
+and what statistics with fates did not measure twice as much.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from bitnest.errors import StatisticsError
 from bitnest.formats import FateFormat
 from bitnest.statistics import Statistics
 
@@ -85,26 +85,13 @@ class FateLosses:
         return sorted(found, key=lambda offer: float(offer.loss.sum()))
 
     def loss(self, place: Place, fate: FateFormat) -> np.ndarray:
-        """Of one fate, (L,).
-
-        Raises:
-            StatisticsError: a merger that was not measured.
-        """
-        if fate.kind not in self.kinds and fate.kind != "merge":
-            return np.asarray(LARGE * self.zero[place])
+        """Of one fate, (L,), measured or not; see above. A merger that was not counts twice."""
         offer = self._offer(place, fate.kind)
-        if offer is None and fate.kind == "drop":  # it was among those that must stay
-            errors = [e for e in self._layers[place[0]]["drop"] if e is not None]
-            return np.asarray(self._scaled(place, 2 * max(errors, default=0.0)))
-        if offer is None or (fate.partner is not None and offer.fate.partner != fate.partner):
-            block, expert = place
-            best = "" if offer is None else f"; measured: {offer.fate.name}"
-            raise StatisticsError(
-                f"{fate.name} of expert {expert} in block {block} was not measured{best}",
-                where=str(self.statistics.path),
-                hint="bitnest analyze MODEL --format merge measures each with its best partner",
-            )
-        return offer.loss
+        if offer is not None and fate.partner in {None, offer.fate.partner}:
+            return offer.loss
+        times = 1.0 if not self.kinds and fate.kind != "merge" else 2.0
+        found = np.asarray(times * LARGE * self.zero[place])
+        return found if offer is None else np.maximum(found, offer.loss)
 
     def _offer(self, place: Place, kind: str) -> Offer | None:
         block, expert = place

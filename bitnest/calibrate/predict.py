@@ -234,11 +234,8 @@ class Predictor:
         return FateLosses(self.statistics, self.losses, relative_errors(self.statistics))
 
     def fate_losses(self, gone: Mapping[str, FateFormat]) -> dict[int, np.ndarray]:
-        """Losses (L,) by number of the site that an expert's is counted at. gone: fates by site.
-
-        Raises:
-            StatisticsError: one that was not measured.
-        """
+        """Losses (L,) by number of the site that an expert's is counted at. gone: fates by
+        site."""
         found = {}
         for name, fate in gone.items():
             site = self.sites[self._number[name]] if name in self._number else None
