@@ -4,9 +4,9 @@
         [--fates drop,constant,copy,merge] [--work DIR] [--samples N] [--length N] [--windows N]
 
 Every text is cut in half: the first halves calibrate, the second halves are measured on. Candidates
-are int2 to int8 in groups of 128. The plan without fates gets the bits, the plan with them the
-artifact's size that came of it (embedding and head stay as they are in both). DIR keeps what was
-made. The last line of stdout is one JSON object.
+are int2 to int8 in groups of 128. The plan without fates gets the bits, the plan with them the size
+that the other was said to take at most (embedding and head stay as they are in both). DIR keeps
+what was made. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     print("bits   fates      bytes       predicted   KL        standard error   gone")
     for bits in (float(text) for text in args.bits.split(",")):
         plain = measure(args, statistics, second, work, bits, None, [])
-        rows += [plain, measure(args, statistics, second, work, bits, plain["bytes"], kinds)]
+        rows += [plain, measure(args, statistics, second, work, bits, plain["said"], kinds)]
         for row in rows[-2:]:
             gone = ", ".join(f"{count} {name}" for name, count in row["gone"].items()) or "-"
             print(
@@ -77,9 +77,10 @@ def measure(
     from bitnest.recipe import Recipe
 
     dial: dict[str, Any] = {"bits": bits} if size is None else {"size": size}
-    plan = api.plan(
+    planned = api.plan(
         args.model, statistics=statistics, candidates=[*api.CANDIDATES, *kinds], ends=False, **dial
-    ).plan
+    )
+    plan = planned.plan
     out = work / f"{bits:g}-{'with' if kinds else 'without'}"
     shutil.rmtree(out, ignore_errors=True)
     made = api.compress(
@@ -101,7 +102,8 @@ def measure(
             gone[fate.kind] = gone.get(fate.kind, 0) + 1
     assert made.predicted is not None
     return {
-        "bits": bits, "fates": kinds, "bytes": made.artifact_bytes, "gone": gone,
+        "bits": bits, "fates": kinds, "bytes": made.artifact_bytes, "said": planned.sizes.total,
+        "gone": gone,
         "predicted": made.predicted["mean"], "kl": sum(kl) / len(kl),
         "error": sum(e * e for e in error) ** 0.5 / len(error),
     }  # fmt: skip

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitnest import api
+from bitnest.api.planning import open_planner
 from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import FormatError, RecipeError, StatisticsError, TargetError
 from bitnest.formats import FateFormat, fates_apart, parse_format
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.plan import Plan
+from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.exact import solve_exact
 from bitnest.quantize.allocation.problem import Bundle, Problem
 from bitnest.quantize.allocation.solver import solve
@@ -277,6 +279,72 @@ def test_a_plan_with_fates_is_no_worse_and_comes_as_large_as_said(
         api.compress(model, tmp_path / "a", plan=tmp_path / "plan.yaml", statistics=statistics,
                      **MAKE)  # fmt: skip
         assert before == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "a").iterdir()}
+
+
+def test_no_plan_is_over_a_budget_below_the_coarsest_formats(
+    tiny: Builder, statistics: Path
+) -> None:
+    planner = open_planner(
+        tiny("qwen3_moe"), statistics, candidates=["int4-g32", "drop", "constant"], ends=False
+    )
+    menu = planner.evidence(Budget(size=1), kinds=planner.kinds).menu
+    assert len(menu.gone) == 6  # one of four stays in each layer
+    rows = np.arange(len(menu.items))
+    floor = int(np.where(menu.allowed, menu.nbytes, 1 << 40).min(axis=1).sum())
+    low = menu.least(menu.nbytes)
+    assert low < floor
+    objective = planner.evidence(Budget(size=1), kinds=planner.kinds).objective
+    for budget in range(low, floor + 1, max(1, (floor - low) // 12)):
+        choice = objective.minimise(menu.nbytes, budget).choice
+        assert int(menu.nbytes[rows, choice].sum()) <= budget
+        assert np.isfinite(objective.mean(choice))
+
+
+def test_rules_with_fates_are_kept_by_plans(tiny: Builder, statistics: Path) -> None:
+    model, rules = tiny("qwen3_moe"), [EXPERT.format(1, 2, "drop")]
+    options: dict[str, Any] = {"statistics": statistics, "bits": 3.0}
+    free = api.plan(model, candidates=FORMATS, **options)
+    ruled = api.plan(model, candidates=FORMATS, rules=rules, **options)
+    sites = job_of(model).sites
+    chosen = ruled.plan.formats(sites)
+    assert {chosen[s.name] for s in sites if (s.layer, s.expert) == (1, 2)} == {"drop"}
+    assert ruled.mean > free.mean / 2 and ruled.sizes.packed < free.sizes.packed
+    loss = Predictor(Statistics.open(statistics)).fates.loss((1, 2), FateFormat("drop"))
+    assert ruled.evidence.objective.background.losses.sum() == pytest.approx(loss.sum())
+
+
+def test_nested_weights_of_what_is_left(tiny: Builder, text: Path, tmp_path: Path) -> None:
+    api.compress(
+        tiny("qwen3_moe"), tmp_path / "a", format="nest24-g32", data=[str(text)],
+        rules=[EXPERT.format(1, 2, "drop")], **MAKE,
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert loaded.model.layers[1].mlp.experts.num_experts == 3
+
+
+def test_a_killed_run_of_a_reduced_model_resumes_to_the_same_bytes(
+    tiny: Builder, statistics: Path, tmp_path: Path
+) -> None:
+    class Stop:
+        on = 0
+
+        def phase(self, name: str, total: int) -> None:
+            self.on = int(name == "compressing")
+
+        def step(self, amount: int = 1, note: str = "") -> None:
+            if self.on:
+                raise KeyboardInterrupt
+
+    model = tiny("qwen3_moe")
+    rules = [EXPERT.format(0, 1, "constant"), EXPERT.format(1, 2, "drop")]
+    options: dict[str, Any] = {"format": "int4-g32", "rules": rules, "statistics": statistics}
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(model, tmp_path / "a", progress=Stop(), **options, **MAKE)
+    assert not (tmp_path / "a").exists()
+    api.compress(model, tmp_path / "a", **options, **MAKE)
+    api.compress(model, tmp_path / "b", **options, **MAKE)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
 def test_sizes_of_rules_with_fates(tiny: Builder, tmp_path: Path) -> None:

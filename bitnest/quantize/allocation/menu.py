@@ -95,7 +95,11 @@ class Menu:
 
     def least(self, cost: np.ndarray) -> int:
         """What the cheapest choices cost together. cost: (N, F)."""
-        return int(np.where(self.allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
+        own = np.where(self.allowed, cost, np.iinfo(np.int64).max).min(axis=1)
+        for gone in self.gone:
+            items = list(gone.items)
+            own[items] = np.minimum(own[items], cost[items, self.formats.index(FATE)])
+        return int(own.sum())
 
     @cached_property
     def widths(self) -> np.ndarray:
