@@ -158,6 +158,16 @@ class LayerProbe:
         """What the experts are given: for some families not what their parent is."""
         return self._run()[2].detach()
 
+    def router_tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        """The router's tensors that have something for each expert: name, along which dimensions,
+        the tensor as it is now."""
+        path = self.name.rpartition(".")[0]
+        modules = dict(self.parent.named_modules(prefix=path))
+        for name, dims in self.axes.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner in modules and not self.axes.of_experts(self.block, name):
+                yield name, dims, getattr(modules[owner], leaf)
+
     @contextmanager
     def _cut(self, rows: list[int]) -> Iterator[None]:
         """The router with some of its rows."""
@@ -165,23 +175,17 @@ class LayerProbe:
             yield
             return
         at = torch.as_tensor(rows)
-        model_path = self.name.rpartition(".")[0]
+        modules = dict(self.parent.named_modules(prefix=self.name.rpartition(".")[0]))
         undo = []
-        modules = dict(self.parent.named_modules(prefix=model_path))
-        for name, dims in self.axes.tensors.items():
+        for name, dims, old in self.router_tensors():
             path, _, leaf = name.rpartition(".")
-            if path not in modules or self.axes.of_experts(self.block, name):
-                continue
-            owner = modules[path]
-            table = owner._parameters if leaf in owner._parameters else owner._buffers
-            old = table[leaf]
-            assert old is not None
-            new = old
+            table = modules[path]._parameters if isinstance(old, nn.Parameter) else None
+            table = modules[path]._buffers if table is None else table  # type: ignore[assignment]
+            new: torch.Tensor = old
             for dim in dims:
                 new = new.index_select(dim, at.to(old.device))
-            table[leaf] = (  # type: ignore[assignment]
-                nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-            )
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            table[leaf] = new  # type: ignore[index, assignment]
             undo.append((table, leaf, old))
         numbers = []
         for (path, attribute), value in self.axes.numbers.items():
@@ -195,7 +199,7 @@ class LayerProbe:
             yield
         finally:
             for table, leaf, old in undo:
-                table[leaf] = old
+                table[leaf] = old  # type: ignore[index, assignment]
             for owner, attribute, value in numbers:
                 setattr(owner, attribute, value)
 

@@ -115,7 +115,9 @@ def enumerated(probe: LayerProbe, keep: int) -> list[int]:
             where="--score naee",
             hint=f"it tries every one, up to {FEW:,}: --score relative",
         )
-    return list(min(combinations(range(probe.experts), keep), key=probe.without))
+    every = [list(own) for own in combinations(range(probe.experts), keep)]
+    errors = [probe.without(own) for own in every]
+    return every[errors.index(min(errors))]
 
 
 def ranked(probe: LayerProbe, score: str, keep: int, rows: torch.Tensor | None = None) -> list[int]:
