@@ -26,6 +26,7 @@ from bitnest.api.planning import (
     plan,
     preflight,
 )
+from bitnest.api.pruning import PruneResult, prune
 from bitnest.api.result import CompressResult, Group, summarise
 from bitnest.api.texts import (
     calibration_set,
@@ -51,10 +52,10 @@ if TYPE_CHECKING:
     from bitnest.statistics import Statistics
 
 __all__ = [
-    "CompressResult", "Group", "MergeResult", "analyze", "check_plan", "compare_formats",
-    "compare_policies", "compress", "constraint_cost", "evaluate", "export", "fit_widths",
+    "CompressResult", "Group", "MergeResult", "PruneResult", "analyze", "check_plan",
+    "compare_formats", "compare_policies", "compress", "constraint_cost", "evaluate", "export", "fit_widths",
     "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics", "plan",
-    "preflight", "pull", "slice_artifact", "summarise", "write_report",
+    "preflight", "prune", "pull", "slice_artifact", "summarise", "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))
