@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressResult", "Group", "MergeResult", "PruneResult", "analyze", "check_plan",
-    "compare_formats", "compare_policies", "compress", "constraint_cost", "evaluate", "export", "fit_widths",
-    "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics", "plan",
-    "preflight", "prune", "pull", "slice_artifact", "summarise", "write_report",
+    "compare_formats", "compare_policies", "compress", "constraint_cost", "evaluate", "export",
+    "fit_widths", "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics",
+    "plan", "preflight", "prune", "pull", "slice_artifact", "summarise", "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))
