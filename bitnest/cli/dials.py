@@ -37,6 +37,9 @@ BaseSize = typer.Option(
     help="With --nested: memory for all weights at their narrowest, which sets the width that each "
     "begins at (default: the narrowest for all).",
 )
+Prune = typer.Option(
+    "sparsegpt", "--prune", help="How sparse formats choose: sparsegpt, wanda or magnitude."
+)
 TargetName = typer.Option(
     "native", "--target", help="Who is to load it: native, vllm-cuda, vllm-cpu, transformers, gguf."
 )

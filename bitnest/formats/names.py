@@ -136,6 +136,23 @@ def parse_widths(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def sparse_name(name: str, sparsity: str) -> str:
+    """The format `name` with a sparsity as `--sparsity` writes it: `50%`, `2:4`, `b16x16-50`.
+
+    Raises:
+        FormatError: it has one already, it cannot have any, or there is no such sparsity.
+    """
+    pattern = sparsity.strip()
+    if "%" in name:
+        raise FormatError(
+            f"'{name}' is sparse already", hint="leave out --sparsity, or what follows the %"
+        )
+    if pattern.startswith("%") or "%" in pattern[:-1]:
+        raise FormatError(f"no such sparsity: '{sparsity}'", hint="50%, 2:4, 4:8 or b16x16-50")
+    cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
+    return parse_format(f"{name[:cut]}%{pattern.removesuffix('%')}{name[cut:]}").name
+
+
 def nested_name(text: str, group: int | None = None) -> str:
     """The format that `--nested TEXT` asks for.
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 
 from bitnest.formats import SparseFormat
+from bitnest.recipe import PRUNERS as METHODS
 
-METHODS = ("sparsegpt", "wanda", "magnitude")
+__all__ = ["METHODS", "fixed_mask", "keep_mask", "top"]
 
 
 def keep_mask(score: torch.Tensor, fmt: SparseFormat) -> torch.Tensor:

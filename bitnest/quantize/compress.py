@@ -231,7 +231,7 @@ class _Run:
         half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         options = Options(
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
-            half, recipe.width_weights,
+            half, recipe.width_weights, recipe.prune,
         )  # fmt: skip
         self.options = options
         self.solver = BlockSolver(job.formats, options, self._parameter)

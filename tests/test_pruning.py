@@ -1,0 +1,125 @@
+"""Asking for sparsity: recipe, command line, manifest, statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitnest import api
+from bitnest.artifact import Artifact, site_tensors
+from bitnest.cli import app
+from bitnest.errors import ArtifactError, FormatError, PlanError, RecipeError, StatisticsError
+from bitnest.formats import parse_format
+from bitnest.formats.names import sparse_name
+from bitnest.recipe import Recipe, default_format
+from bitnest.recipe_file import parse_recipe
+from tests.tiny import Builder
+
+SMALL = {"samples": 4, "length": 32}
+
+
+@pytest.mark.parametrize(
+    "name, sparsity, found",
+    [("int4-g128", "50%", "int4-g128%50"), ("int4-g128", "50", "int4-g128%50"),
+     ("dense", "2:4", "dense%2:4"), ("int4-g32@had16+lorc4", " 4:8", "int4-g32%4:8@had16+lorc4")],
+)  # fmt: skip
+def test_a_sparsity_goes_behind_the_codes(name: str, sparsity: str, found: str) -> None:
+    assert sparse_name(name, sparsity) == found
+
+
+@pytest.mark.parametrize(
+    "name, sparsity",
+    [("int4-g128%50", "50%"), ("int4-g128", "0%"), ("int4-g128", "0.5"), ("int4-g128", "%50"),
+     ("int4-g128", "50%@had16"), ("int4-g128", ""), ("zero", "50%"), ("nest24-g32", "2:4")],
+)  # fmt: skip
+def test_no_sparsity_is_guessed(name: str, sparsity: str) -> None:
+    with pytest.raises(FormatError):
+        sparse_name(name, sparsity)
+
+
+def test_sparsity_alone_is_of_16_bit_weights() -> None:
+    assert default_format(None, None, None, "50%") == "dense%50"
+    assert default_format(None, None, 64, "2:4") == "int4-g64%2:4"
+
+
+def test_the_recipe_names_the_method_only_where_it_is_another() -> None:
+    assert "prune" not in Recipe().to_json()  # runs of earlier versions resume
+    assert Recipe(prune="wanda").to_json()["prune"] == "wanda"
+    with pytest.raises(RecipeError, match="pruning"):
+        Recipe(prune="obs")
+
+
+def test_a_recipe_file_says_how_to_prune() -> None:
+    found = parse_recipe("format: int4-g128%2:4\nfit: {prune: wanda}\n")
+    assert (found["format"], found["prune"]) == ("int4-g128%2:4", "wanda")
+    with pytest.raises(PlanError, match="recipe:1"):
+        parse_recipe("fit: {prune: obs}\n")
+
+
+def codes(path: Path) -> torch.Tensor:
+    found = Artifact.open(path)
+    headers = found.headers({r.site.name: parse_format(r.format) for r in found.packed()})
+    record = found.packed()[0]
+    return site_tensors(record, headers, parse_format(record.format))["mask"]
+
+
+def test_the_command_line_prunes_as_it_is_told(tiny: Builder, text: Path, tmp_path: Path) -> None:
+    masks = []
+    for prune in ("sparsegpt", "magnitude"):
+        done = CliRunner().invoke(
+            app,
+            ["compress", str(tiny("llama")), "-o", str(tmp_path / prune), "--format", "int4-g32",
+             "--sparsity", "50%", "--prune", prune, "--data", str(text), "--samples", "4",
+             "--length", "32", "-q"],
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        manifest = Artifact.open(tmp_path / prune).manifest
+        assert manifest["resolved"]["format"] == "int4-g32%50"
+        assert manifest["resolved"]["fit"]["prune"] == prune
+        masks.append(codes(tmp_path / prune))
+    assert not torch.equal(*masks)
+
+
+def test_another_method_is_another_artifact(tiny: Builder, text: Path, tmp_path: Path) -> None:
+    options = {"format": "dense%2:4", "data": [str(text)], **SMALL}
+    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)  # type: ignore[arg-type]
+    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError):
+        api.compress(tiny("llama"), tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--bits", "3", "--sparsity", "50%"], ["--size", "1MiB", "--sparsity", "2:4"],
+     ["--format", "int4-g32%50", "--sparsity", "50%"], ["--nested", "2-4", "--sparsity", "2:4"],
+     ["--format", "int4-g32", "--prune", "wanda"], ["--format", "int4-g32%50", "--prune", "obs"]],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused(
+    options: list[str], tiny: Builder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["compress", str(tiny("llama")), "-o", str(out), *options])
+    assert isinstance(done.exception, RecipeError | FormatError)
+    assert done.exception.hint and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losses_of_another_method_predict_nothing(
+    tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    api.analyze(
+        tiny("llama"), tmp_path / "an", data=[str(text)], formats=["int4-g32%2:4", "int4-g32"],
+        prune="wanda", probes=0, fisher_windows=2, samples=4, length=24,
+    )  # fmt: skip
+    options = {"statistics": tmp_path / "an", "data": [str(text)], **SMALL}
+    with pytest.raises(StatisticsError, match="--prune wanda"):
+        api.compress(tiny("llama"), tmp_path / "a", bits=4, **options)
+    with pytest.raises(StatisticsError, match="--prune wanda"):
+        api.compress(tiny("llama"), tmp_path / "a", format="int4-g32%2:4", **options)
+    api.compress(tiny("llama"), tmp_path / "b", format="int4-g32", **options)
+    done = api.compress(tiny("llama"), tmp_path / "c", bits=4, prune="wanda", **options)
+    assert done.predicted is not None
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["an", "b", "c"]
