@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from bitnest.recipe import Recipe, default_format
 from bitnest.recipe_file import parse_recipe
 from tests.tiny import Builder
 
-SMALL = {"samples": 4, "length": 32}
+SMALL: dict[str, Any] = {"samples": 4, "length": 32}
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_the_command_line_prunes_as_it_is_told(tiny: Builder, text: Path, tmp_pa
 
 
 def test_another_method_is_another_artifact(tiny: Builder, text: Path, tmp_path: Path) -> None:
-    options = {"format": "dense%2:4", "data": [str(text)], **SMALL}
-    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)  # type: ignore[arg-type]
-    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"format": "dense%2:4", "data": [str(text)], **SMALL}
+    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)
+    api.compress(tiny("llama"), tmp_path / "out", prune="wanda", **options)
     with pytest.raises(ArtifactError):
-        api.compress(tiny("llama"), tmp_path / "out", **options)  # type: ignore[arg-type]
+        api.compress(tiny("llama"), tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_losses_of_another_method_predict_nothing(
         tiny("llama"), tmp_path / "an", data=[str(text)], formats=["int4-g32%2:4", "int4-g32"],
         prune="wanda", probes=0, fisher_windows=2, samples=4, length=24,
     )  # fmt: skip
-    options = {"statistics": tmp_path / "an", "data": [str(text)], **SMALL}
+    options: dict[str, Any] = {"statistics": tmp_path / "an", "data": [str(text)], **SMALL}
     with pytest.raises(StatisticsError, match="--prune wanda"):
         api.compress(tiny("llama"), tmp_path / "a", bits=4, **options)
     with pytest.raises(StatisticsError, match="--prune wanda"):

@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
 from bitnest.formats.block import BlockFormat
+from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.zero import ZeroFormat
 
+CoreFormat = BlockFormat | NestedFormat | SparseFormat | BlockSparseFormat
 TRANSFORMS = ("had", "rhad", "awq", "perm")
 HADAMARD_BLOCKS = (16, 32, 64, 128)
 RESIDUALS = ("lorc", "lqer", "hlr")
@@ -42,7 +44,7 @@ class TransformedFormat:
         FormatError: no such transform.
     """
 
-    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
+    base: CoreFormat | TransformedFormat
     kind: str
     block: int = 0
 
@@ -106,7 +108,7 @@ class LowRankFormat:
         FormatError: no such kind or rank.
     """
 
-    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
+    base: CoreFormat | TransformedFormat
     kind: str
     rank: int
 
@@ -162,7 +164,6 @@ class LowRankFormat:
         return total_bytes(self.parts(shape))
 
 
-CoreFormat = BlockFormat | NestedFormat | SparseFormat
 CodedFormat = CoreFormat | TransformedFormat | LowRankFormat
 PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
@@ -211,6 +212,6 @@ def refinement(fmt: AnyFormat, part: str) -> int | None:
 
 def core_format(fmt: CodedFormat) -> CoreFormat:
     """The format at the core of its wrappers."""
-    while not isinstance(fmt, BlockFormat | NestedFormat | SparseFormat):
+    while not isinstance(fmt, CoreFormat):
         fmt = fmt.base
     return fmt

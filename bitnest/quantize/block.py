@@ -243,7 +243,7 @@ class BlockSolver:
 def has_global(fmt: CodedFormat) -> bool:
     """Whether one scale covers the whole matrix, beside those of its blocks."""
     core = core_format(fmt)
-    base = core.base if isinstance(core, SparseFormat) else core
+    base = core.base if isinstance(core, SparseFormat) else core  # blocks go matrix by matrix
     return isinstance(base, BlockFormat) and base.scale == "e4m3"
 
 
