@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import bitnest
 from bitnest import api
 from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import FormatError, TargetError
-from bitnest.formats import BlockSparseFormat, DenseFormat, parse_format
+from bitnest.formats import (
+    BlockSparseFormat,
+    DenseFormat,
+    code_bits,
+    kept_weights,
+    parse_format,
+)
 from bitnest.kernels.block_sparse import block_mask, cut_blocks, join_blocks, spread_mask
 from bitnest.kernels.decode import decode
 from bitnest.kernels.rows import decode_rows
@@ -21,6 +28,10 @@ from bitnest.prune.block_sweep import BlockSweep
 from bitnest.prune.masks import METHODS
 from bitnest.prune.solution import Pruned
 from bitnest.prune.sparsegpt import sparse_gptq
+from bitnest.quantize.allocation.budget import Budget
+from bitnest.quantize.allocation.planner import Planner
+from bitnest.quantize.allocation.policies.lpvit import equal_slope, lpvit
+from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.solve import Options, solve
 from tests.test_sparse import least, problem
 from tests.tiny import Builder
@@ -262,3 +273,73 @@ def test_an_artifact_holds_what_it_says_and_runs(tiny: Builder, text: Path, tmp_
 def test_rounding_to_nearest_needs_no_text(tiny: Builder, tmp_path: Path) -> None:
     done = api.compress(tiny("llama"), tmp_path / "out", format="nvfp4%b16x16-50", method="rtn")
     assert not done.calibrated and done.nbytes < done.source_bytes
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_bits_count_what_is_kept_and_the_mask() -> None:
+    shape = (64, 96)
+    bits = {
+        "int4-g32": 4 * 6144, "int4-g32%50": 2 * 6144 + 6144, "dense%2:4": 8 * 6144 + 6144,
+        "int4-g32%b16x16-50": 2 * 6144 + 24, "int3-g32%b16x16-25@had16+lorc4": 6 * 256 * 3 + 24,
+        "zero": 0, "dense": 16 * 6144,
+    }  # fmt: skip
+    assert {name: code_bits(parse_format(name), shape) for name in bits} == bits
+    assert kept_weights(parse_format("int4-g32%b16x16-50"), shape) == 12 * 256
+    assert kept_weights(parse_format("dense%b64x32-99"), (3, 7)) == 21
+
+
+def test_one_slope_for_all_is_least_loss_at_its_cost() -> None:
+    """Against every plan there is: none that costs as little loses less."""
+    g = np.random.default_rng(3)
+    for _ in range(20):
+        cost = np.sort(g.integers(1, 50, (4, 4)), axis=1)
+        loss = -np.sort(-g.random((4, 4)), axis=1)
+        loss[0, 2] = np.inf
+        budget = int(g.integers(cost[:, 0].sum(), cost[:, 3].sum() + 10))
+        found = equal_slope(loss, cost, budget)
+        rows = np.arange(4)
+        spent, lost = cost[rows, found].sum(), loss[rows, found].sum()
+        assert spent <= budget
+        plans = [list(p) for p in itertools.product(range(4), repeat=4)]
+        step = int((cost[:, 3] - cost[:, 0]).max())  # the budget cuts one item's step at most
+        within = [loss[rows, p].sum() for p in plans if cost[rows, p].sum() <= budget - step]
+        assert lost <= min(within, default=np.inf) + 1e-12
+
+
+BLOCKS = ("int4-g32", "int4-g32%b16x16-75", "int4-g32%b16x16-50", "int4-g32%b16x16-25")
+
+
+def test_plans_choose_among_shares_of_blocks(tiny: Builder, text: Path, tmp_path: Path) -> None:
+    """By both policies; a price on arithmetic leaves less of it, at some loss."""
+    model = tiny("qwen3_moe")
+    found = api.analyze(
+        model, tmp_path / "s", data=[str(text)], formats=BLOCKS, probes=0, fisher_windows=2,
+        samples=8, length=24,
+    )  # fmt: skip
+    assert found.formats == list(BLOCKS)
+    plans = {
+        policy: api.plan(model, statistics=tmp_path / "s", bits=2.6, policy=policy)
+        for policy in ("bitnest", "lpvit")
+    }
+    for planned in plans.values():
+        assert 2.5 < planned.menu.average_bits(planned.choice) <= 2.6
+        assert len({int(c) for c in planned.choice}) > 1
+    assert plans["bitnest"].mean <= plans["lpvit"].mean
+    evidence = opened(model, tmp_path / "s").evidence(Budget(size=1 << 30))
+    cost, rows = evidence.menu.nbytes, np.arange(len(evidence.menu.items))
+    budget = int(cost[:, 0].sum())  # all in int4, nothing dropped
+    work = [evidence.macs[rows, lpvit(evidence, cost, budget, p)].sum() for p in (0.0, 20.0, 1e4)]
+    assert work[0] > work[1] > work[2]
+    done = api.compress(model, tmp_path / "out", plan=plans["lpvit"].plan, data=[str(text)],
+                        samples=4, length=32)  # fmt: skip
+    assert {g.format for g in done.groups} <= {*BLOCKS, "dense"}
+    with pytest.raises(BudgetError):
+        lpvit(evidence, cost, int(cost.min(axis=1).sum()) - 1)
+
+
+def opened(model: Path, statistics: Path) -> Planner:
+    from bitnest.api.planning import open_planner
+
+    return open_planner(model, statistics)

@@ -46,7 +46,8 @@ TargetName = typer.Option(
 PolicyName = typer.Option(
     "bitnest",
     "--policy",
-    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe.",
+    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe, "
+    "lpvit.",
 )
 Candidates = typer.Option(
     [], "--candidate", help="Format to choose among; may be repeated (default: those measured)."

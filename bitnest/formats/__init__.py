@@ -17,8 +17,10 @@ from bitnest.formats.wrappers import (
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
+    code_bits,
     core_format,
     cut,
+    kept_weights,
     refinement,
     widths,
 )
@@ -27,6 +29,7 @@ from bitnest.formats.zero import ZeroFormat
 __all__ = [
     "AnyFormat", "BlockFormat", "BlockSparseFormat", "CodedFormat", "DenseFormat", "Format",
     "LowRankFormat", "NestedFormat", "PackedFormat", "Part", "SparseFormat",
-    "TransformedFormat", "ZeroFormat", "core_format", "cut", "integer", "parse_format",
+    "TransformedFormat", "ZeroFormat", "code_bits", "core_format", "cut", "integer",
+    "kept_weights", "parse_format",
     "refinement", "total_bytes", "widths",
 ]  # fmt: skip

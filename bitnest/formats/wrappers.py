@@ -210,6 +210,31 @@ def refinement(fmt: AnyFormat, part: str) -> int | None:
     return next((w for w in later if part in core.width_parts(w, (1, 1))), None)
 
 
+def kept_weights(fmt: AnyFormat, shape: tuple[int, int]) -> int:
+    """Weights of an (out, in) matrix that are not dropped; of blocks at an edge all they have."""
+    if isinstance(fmt, ZeroFormat):
+        return 0
+    core = fmt if isinstance(fmt, DenseFormat) else core_format(fmt)
+    if isinstance(core, SparseFormat):
+        return shape[0] * core.kept(shape[1])
+    if isinstance(core, BlockSparseFormat):
+        rows, columns = core.block(shape)
+        return min(core.kept(shape) * rows * columns, shape[0] * shape[1])
+    return shape[0] * shape[1]
+
+
+def code_bits(fmt: AnyFormat, shape: tuple[int, int]) -> int:
+    """Bits of the codes of an (out, in) matrix; of sparse ones the survivors' and the mask's."""
+    core = fmt if isinstance(fmt, DenseFormat | ZeroFormat) else core_format(fmt)
+    mask = 0
+    if isinstance(core, SparseFormat):
+        mask = shape[0] * shape[1]
+    elif isinstance(core, BlockSparseFormat):
+        rows, columns = core.grid(shape)
+        mask = rows * columns
+    return round(fmt.bits * kept_weights(fmt, shape)) + mask
+
+
 def core_format(fmt: CodedFormat) -> CoreFormat:
     """The format at the core of its wrappers."""
     while not isinstance(fmt, CoreFormat):

@@ -20,6 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from bitnest.calibrate.predict import DROP
+from bitnest.formats import kept_weights, parse_format
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import Objective
 from bitnest.quantize.allocation.problem import BudgetError
@@ -47,6 +48,19 @@ class Evidence:
     def menu(self) -> Menu:
         """The menu."""
         return self.objective.menu
+
+    @cached_property
+    def macs(self) -> np.ndarray:
+        """Multiply-accumulates per token of every choice, (N, F): weights kept times the share of
+        tokens that reach the item."""
+        formats = [parse_format(name) for name in self.menu.formats]
+        known: dict[tuple[int, int], np.ndarray] = {}
+        for item in self.menu.items:
+            for site in item:
+                if site.shape not in known:
+                    known[site.shape] = np.array([kept_weights(f, site.shape) for f in formats])
+        kept = [np.sum([known[s.shape] for s in item], axis=0) for item in self.menu.items]
+        return np.stack(kept) * self.share[:, None]
 
     @cached_property
     def ladder(self) -> list[np.ndarray]:
