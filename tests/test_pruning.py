@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from bitnest import api
 from bitnest.artifact import Artifact, site_tensors
 from bitnest.cli import app
 from bitnest.errors import ArtifactError, FormatError, PlanError, RecipeError, StatisticsError
-from bitnest.formats import parse_format
+from bitnest.formats import SparseFormat, parse_format
 from bitnest.formats.names import sparse_name
+from bitnest.quantize import advice
+from bitnest.quantize.advice import MATRICES, ROWS, Witness
+from bitnest.quantize.solve import Options, solve
 from bitnest.recipe import Recipe, default_format
 from bitnest.recipe_file import parse_recipe
+from bitnest.sites import Site
 from tests.tiny import Builder
 
 SMALL: dict[str, Any] = {"samples": 4, "length": 32}
@@ -124,3 +129,80 @@ def test_losses_of_another_method_predict_nothing(
     done = api.compress(tiny("llama"), tmp_path / "c", bits=4, prune="wanda", **options)
     assert done.predicted is not None
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["an", "b", "c"]
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_integers_that_do_better_are_named_with_what_was_measured(
+    tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    """The figures are those of an artifact made in that format; block 0's inputs are the same."""
+    options: dict[str, Any] = {"data": [str(text)], **SMALL}
+    done = api.compress(tiny("llama"), tmp_path / "a", format="int4-g32%2:4", **options)
+    (said,) = done.advice
+    assert (said["asked"], said["other"], said["layer"]) == ("int4-g32%2:4", "int3-g32", 0)
+    api.compress(tiny("llama"), tmp_path / "b", format="int3-g32", **options)
+    for name, key in (("a", "error"), ("b", "other_error")):
+        first = [r for r in Artifact.open(tmp_path / name).packed() if r.site.layer == 0]
+        errors = [r.error for r in first if r.site.shape[0] <= ROWS][:MATRICES]
+        assert len(errors) == said["matrices"] == MATRICES
+        assert said[key] == pytest.approx(sum(errors) / MATRICES, rel=1e-3)
+    assert said["other_nbytes"] == sum(r.nbytes for r in Artifact.open(tmp_path / "b").packed())
+    assert said["nbytes"] >= said["other_nbytes"] and said["error"] > 1.05 * said["other_error"]
+
+
+def test_advice_changes_no_byte(
+    tiny: Builder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"format": "int4-g32%50", "data": [str(text)], **SMALL}
+    made = [api.compress(tiny("mixtral"), tmp_path / "a", **options)]
+    monkeypatch.setattr(advice, "MATRICES", 0)
+    made.append(api.compress(tiny("mixtral"), tmp_path / "b", **options))
+    assert made[0].advice and not made[1].advice
+    one, two = (Artifact.open(m.path).manifest["files"] for m in made)
+    assert one == two
+
+
+def site(name: str, shape: tuple[int, int]) -> Site:
+    return Site(name, "mlp", 0, None, shape, name, "weight")
+
+
+@pytest.mark.parametrize("zeros, wins", [(True, True), (False, False)])
+def test_nothing_is_said_where_sparsity_wins(zeros: bool, wins: bool) -> None:
+    """Half of the weights are zero already: dropping them costs nothing, eight bits cost more."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 128, generator=g).bfloat16().float()
+    if zeros:
+        w[:, ::2] = 0
+    h = torch.eye(128)
+    fmt = parse_format("dense%50")
+    assert isinstance(fmt, SparseFormat)
+    places = [site(f"model.layers.0.mlp.{n}", (64, 128)) for n in ("up", "down")]
+    witness = Witness(places, dict.fromkeys([p.name for p in places], fmt), Options())
+    for place in places:
+        found = solve(w[None], h[None], fmt, Options())
+        energy = (w @ h * w).sum(1)
+        witness.see(place, fmt, w, h, found.error[0], energy)
+    said = witness.found()
+    assert bool(said) is not wins
+    if said:
+        assert said[0].other == "int8-g128" and "--format int8-g128" in said[0].text
+
+
+def test_formats_that_are_told_nothing_of() -> None:
+    """No integers are as small as a quarter of the blocks of two bits; a residual's rows hang
+    together."""
+    for name in ("int2-g128%b16x16-25", "int4-g128%50+lorc4", "int4-g128", "zero"):
+        place = site("model.layers.0.mlp.up", (256, 256))
+        assert Witness([place], {place.name: parse_format(name)}, Options()).layer == -1
+
+
+def test_the_command_line_says_it_once(tiny: Builder, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["compress", str(tiny("llama")), "-o", str(tmp_path / "a"), "--method", "rtn",
+              "--format", "int4-g32", "--sparsity", "50%", "--json"],
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert done.stderr.count("note: int3-g32 takes") == 1
+    assert len(json.loads(done.stdout)["advice"]) == 1

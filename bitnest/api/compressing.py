@@ -50,6 +50,7 @@ from bitnest.workdir import in_the_way, is_empty
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
+    from bitnest.quantize.advice import Advice
     from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
@@ -100,6 +101,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     announce: Callable[[Planned | None, Preflight], None] | None = None,
+    advise: Callable[[Advice], None] | None = None,
 ) -> CompressResult:
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
     artifact is read at its widest width, whose own error is added.
@@ -119,7 +121,8 @@ def compress(
     `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
     without one looks there for those it was made of. fresh: forget an unfinished run instead of
     resuming it. announce: called with the plan, where one was made, and what it will take, before
-    it is carried out.
+    it is carried out. advise: called early on if integers of no more bytes turn out to lose less
+    than a sparse format that was asked for; it is in the result, too.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -158,8 +161,9 @@ def compress(
         width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
     )  # fmt: skip
     maker = Maker(
-        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
-    )
+        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress,
+        advise,
+    )  # fmt: skip
     plain = not any(extras.values())
     uniform = _uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
@@ -448,7 +452,9 @@ class Maker:
         fresh: bool,
         trust_remote_code: bool,
         progress: Progress | None,
+        advise: Callable[[Advice], None] | None = None,
     ) -> None:
+        self.advise = advise
         self.model, self.out, self.data = model, out, data
         self.samples, self.length, self.fresh = samples, length, fresh
         self.trust, self.progress = trust_remote_code, progress
@@ -506,8 +512,19 @@ class Maker:
         job = self.calibrated(job, statistics)
         if ready is not None:
             ready(job)
-        artifact, seconds = run(job, out or self.out, fresh=self.fresh, progress=self.progress)
-        return summarise(artifact, seconds)
+        said: list[Advice] = []
+
+        def advise(advice: Advice) -> None:
+            said.append(advice)
+            if self.advise is not None:
+                self.advise(advice)
+
+        artifact, seconds = run(
+            job, out or self.out, fresh=self.fresh, progress=self.progress,
+            advise=advise if job.plan is None else None,  # a plan had the choice
+        )  # fmt: skip
+        advice = tuple(item.to_json() for item in said)
+        return replace(summarise(artifact, seconds), advice=advice)
 
     def calibrated(self, job: Job, statistics: str | Path | None, *, force: bool = False) -> Job:
         """The job with its calibration text, if it needs any. force: it will, once it is

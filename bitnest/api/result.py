@@ -37,6 +37,7 @@ class CompressResult:
     plan: see `Plan.summary`. artifact_bytes: of all files. measured: what a limit was met with, per
     text, and every try; rounds: artifacts that were made for it. forecast: what `preflight`
     said; peak_memory: bytes the process held at most.
+    advice: formats that were measured to do better than sparse ones, see `quantize.advice.Advice`.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class CompressResult:
     rounds: int = 0
     forecast: dict[str, Any] | None = None
     peak_memory: int | None = None
+    advice: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

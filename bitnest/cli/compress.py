@@ -143,6 +143,9 @@ def command(
             for line in plan_tables.estimates(before):
                 say(line)
 
+    def advise(advice: Any) -> None:
+        bars.remark(f"note: {advice.text}")
+
     out_dir = out or Path(default_name(model, values))
     plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
@@ -162,7 +165,7 @@ def command(
         result = api.compress(
             model, out_dir, **values, device=device, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
-            announce=None if quiet else announce,
+            announce=None if quiet else announce, advise=None if quiet else advise,
         )  # fmt: skip
     if values["data"] and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
