@@ -39,11 +39,10 @@ class BlockSweep(Sweep):
         self.left = torch.full((len(self.w), 1), left, device=self.w.device)
         c = self.block[1]
         self.step = max(1, q // SORTS) * c  # wide matrices settle several columns of blocks at once
-        size = q * c
-        wide = torch.eye(size, dtype=self.w.dtype, device=self.w.device).repeat(len(self.w), 1, 1)
-        wide[:, : self.width, : self.width] = self.factor
-        own = wide.unflatten(1, (q, c)).unflatten(3, (q, c)).diagonal(dim1=1, dim2=3)
-        own = own.permute(0, 3, 1, 2)  # (B, Q, C, C): U_SS of every column of blocks
+        own = torch.eye(c, dtype=self.w.dtype, device=self.w.device).repeat(len(self.w), q, 1, 1)
+        for i in range(q):  # U_SS of every column of blocks, the last may be narrower
+            part = self.factor[:, i * c : (i + 1) * c, i * c : (i + 1) * c]
+            own[:, i, : part.shape[1], : part.shape[2]] = part
         eye = torch.eye(c, dtype=own.dtype, device=own.device).expand_as(own)
         self.inverses = torch.linalg.solve_triangular(own, eye, upper=True).transpose(2, 3)
 
