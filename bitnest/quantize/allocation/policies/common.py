@@ -64,16 +64,19 @@ class Evidence:
 
     @cached_property
     def ladder(self) -> list[np.ndarray]:
-        """Choices of every item, one per width, ascending."""
+        """Choices of every item, one per width, ascending; a sparse format only at widths, rounded,
+        that no other has."""
         menu = self.menu
         order = np.lexsort((menu.nbytes.sum(axis=0), menu.widths))
         usable = [f for f in order if menu.formats[f] != DROP]
+        usable.sort(key=lambda f: "%" in menu.formats[f])
         ladder = []
         for allowed in menu.allowed:
             steps: dict[int, int] = {}
             for f in usable:
                 if allowed[f]:
                     steps.setdefault(round(float(menu.widths[f])), int(f))
+            steps = dict(sorted(steps.items()))
             if len(steps) > MANY:  # nobody keeps 16 bits where eight lose nothing
                 steps = {width: f for width, f in steps.items() if width <= 8}
             ladder.append(np.array(list(steps.values())))

@@ -24,7 +24,7 @@ from bitnest.calibrate.predict import DROP
 from bitnest.quantize.allocation.policies.common import Evidence
 from bitnest.quantize.allocation.problem import BudgetError
 
-POWER = 0.25
+POWER = 1.0
 HALVINGS = 100  # of the range of prices, in logarithms
 
 
