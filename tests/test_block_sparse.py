@@ -327,6 +327,8 @@ def test_plans_choose_among_shares_of_blocks(tiny: Builder, text: Path, tmp_path
         assert 2.5 < planned.menu.average_bits(planned.choice) <= 2.6
         assert len({int(c) for c in planned.choice}) > 1
     assert plans["bitnest"].mean <= plans["lpvit"].mean
+    even = api.plan(model, statistics=tmp_path / "s", bits=4, policy="uniform")
+    assert set(even.menu.formats[int(c)] for c in even.choice) == {"int4-g32"}
     evidence = opened(model, tmp_path / "s").evidence(Budget(size=1 << 30))
     cost, rows = evidence.menu.nbytes, np.arange(len(evidence.menu.items))
     budget = int(cost[:, 0].sum())  # all in int4, nothing dropped

@@ -126,9 +126,10 @@ def test_losses_of_another_method_predict_nothing(
     with pytest.raises(StatisticsError, match="--prune wanda"):
         api.compress(tiny("llama"), tmp_path / "a", format="int4-g32%2:4", **options)
     api.compress(tiny("llama"), tmp_path / "b", format="int4-g32", **options)
+    api.compress(tiny("llama"), tmp_path / "d", bits=4, candidates=["int4-g32"], **options)
     done = api.compress(tiny("llama"), tmp_path / "c", bits=4, prune="wanda", **options)
     assert done.predicted is not None
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["an", "b", "c"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["an", "b", "c", "d"]
 
 
 # ---------------------------------------------------------------- advice
@@ -206,3 +207,40 @@ def test_the_command_line_says_it_once(tiny: Builder, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stderr.count("note: int3-g32 takes") == 1
     assert len(json.loads(done.stdout)["advice"]) == 1
+
+
+class Broken(Exception):
+    """The run was cut."""
+
+
+class Cut:
+    """A progress that ends the run after its first block."""
+
+    def __init__(self) -> None:
+        self.compressing = False
+
+    def phase(self, name: str, total: int) -> None:
+        self.compressing = name == "compressing"
+
+    def step(self, amount: int = 1, note: str = "") -> None:
+        if self.compressing:
+            raise Broken
+
+    def pause(self) -> None:
+        """Nothing is shown."""
+
+
+@pytest.mark.parametrize("name", ["int4-g32%b16x16-50", "dense%2:4"])
+def test_a_cut_run_resumes_to_the_same_bytes_and_says_nothing_twice(
+    name: str, tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"format": name, "data": [str(text)], "prune": "wanda", **SMALL}
+    whole = api.compress(tiny("mixtral"), tmp_path / "a", **options)
+    said: list[advice.Advice] = []
+    with pytest.raises(Broken):
+        api.compress(tiny("mixtral"), tmp_path / "b", progress=Cut(), advise=said.append, **options)
+    assert not (tmp_path / "b").exists()
+    again = api.compress(tiny("mixtral"), tmp_path / "b", advise=said.append, **options)
+    one, two = (Artifact.open(m.path).manifest["files"] for m in (whole, again))
+    assert one == two
+    assert [a.to_json() for a in said] == list(whole.advice) and len(said) == 1

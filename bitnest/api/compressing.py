@@ -170,7 +170,7 @@ def compress(
     )
     place = Path(statistics or default_statistics(model))
     if uniform is None and plan is None:
-        check_method(model, place, method, prune)
+        check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
         open_checkpoint(model), recipe, trust_remote_code=trust_remote_code, device=device,
@@ -239,6 +239,7 @@ def compress(
     if nesting is None:
         job = replace(job, asked={**asked, "candidates": list(planner.formats)})
     planner.job = job
+    planner.predictor.statistics.check_prune(prune, planner.formats)
     check_prune(recipe, [*planner.formats, *(f.name for f in job.formats.values())])
     found = first_plan(planner, dials, policy)
     forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
@@ -322,17 +323,15 @@ def check_out(out: Path, statistics: str | Path) -> None:
         raise in_the_way(out)
 
 
-def check_method(model: str | Path, statistics: Path, method: str, prune: str = PRUNERS[0]) -> None:
-    """Refuse to plan by losses of other methods than those that are to be carried out.
+def check_method(model: str | Path, statistics: Path, method: str) -> None:
+    """Refuse to plan by losses of another method than the one that is to be carried out.
 
     Raises:
         StatisticsError: they are, or the statistics cannot be read.
     """
     if not is_statistics(statistics):
         return
-    opened = Statistics.open(statistics)
-    opened.check_prune(prune, opened.formats)
-    measured = opened.header["method"]
+    measured = Statistics.open(statistics).header["method"]
     if measured != method:
         raise StatisticsError(
             f"these statistics were measured with --method {measured}, not {method}",
