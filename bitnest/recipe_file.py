@@ -10,6 +10,7 @@
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}
+                                   prune: sparsegpt, wanda or magnitude in sparse formats;
                                    width_weights: [3=4] where weights are nested
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
@@ -158,6 +159,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
         "weighting": ("weighting", _fits("weighting", _word)),
         "min_tokens": ("min_tokens", _fits("min_tokens", _whole)), "clip": ("clip", _flag),
         "width_weights": ("width_weights", _width_weight),
+        "prune": ("prune", _fits("prune", _word)),
     },
     "data": {
         "texts": ("data", _word), "samples": ("samples", _from(1)), "length": ("length", _from(2)),

@@ -42,7 +42,7 @@ from bitnest.export.pulling import pull
 from bitnest.export.slicing import slice_artifact
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
+from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, PRUNERS, Recipe
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ def analyze(
     damp: float = 0.03,
     min_tokens: int | None = None,
     clip: bool = True,
+    prune: str = PRUNERS[0],
     cover: str | None = None,
     cover_limit: int = 64,
     reuse: str | Path | None = None,
@@ -177,13 +178,13 @@ def analyze(
     """Measure how `model` is used and how sensitive it is, into the directory `out`.
 
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
-    and loss are measured at every site, with `method`. importance, fisher_windows, probes,
-    probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`; without importance
-    there is nothing to calibrate, and no probe is measured. cover: `data` or `self`
-    adds up to cover_limit windows until every expert has min_tokens. reuse: a directory of
-    statistics with Hessians to which only `formats` are added, without running the model; options
-    of the measurement are then its own. The rest as in `compress`. Besides the statistics,
-    report.json and report.html are written.
+    and loss are measured at every site, with `method`, and `prune` where they are sparse.
+    importance, fisher_windows, probes, probe_windows, hessian, keep_hessians: see
+    `calibrate.analyze.Analysis`; without importance there is nothing to calibrate, and no probe is
+    measured. cover: `data` or `self` adds up to cover_limit windows until every expert has
+    min_tokens. reuse: a directory of statistics with Hessians to which only `formats` are added,
+    without running the model; options of the measurement are then its own. The rest as in
+    `compress`. Besides the statistics, report.json and report.html are written.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -201,8 +202,9 @@ def analyze(
         probe_windows, hessian, keep_hessians,
     )  # fmt: skip
     recipe = Recipe(
-        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
-    )
+        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
+        prune=prune,
+    )  # fmt: skip
     checkpoint = open_checkpoint(model)
     job = prepare(
         checkpoint,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from bitnest.cli.dials import remark_nested
+from bitnest.cli.dials import Prune, remark_nested
 from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def command(
         help="A candidate format; may be repeated (default: int2-g128 to int8-g128).",
     ),
     method: str = typer.Option("gptq", "--method", help="How candidates are fitted: gptq or rtn."),
+    prune: str = Prune,
     importance: str = typer.Option(
         "kl", "--importance", help="kl or loss (gradients), probes (none needed), or none."
     ),
@@ -123,6 +124,7 @@ def command(
             pack=pack,
             formats=format or ([] if importance == "none" else api.CANDIDATES),
             method=method,
+            prune=prune,
             importance=importance,
             fisher_windows=fisher_windows,
             probes=probes,

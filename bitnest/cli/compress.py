@@ -29,6 +29,12 @@ def command(
     group: int = typer.Option(
         None, "--group", help="One integer format for all: input channels per scale, 16 to 128."
     ),
+    sparsity: str = typer.Option(
+        None,
+        "--sparsity",
+        help="With --format or --group, else of 16-bit weights: 50%, 2:4, 4:8, or b16x16-50.",
+    ),
+    prune: str = dials.Prune,
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
@@ -104,7 +110,8 @@ def command(
     values: dict[str, Any] = {
         "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
-        "group": group, "nested": nested, "base_size": parse_size(base_size), "plan": plan,
+        "group": group, "sparsity": sparsity, "prune": prune, "nested": nested,
+        "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
         "candidates": candidate,
         "ends": ends, "exact": exact, "check": check, "method": method,
@@ -136,8 +143,11 @@ def command(
             for line in plan_tables.estimates(before):
                 say(line)
 
+    def advise(advice: Any) -> None:
+        bars.remark(f"note: {advice.text}")
+
     out_dir = out or Path(default_name(model, values))
-    plain = (values["format"] or values["group"]) and not values["nested"]
+    plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
     known = values["statistics"] or (not uniform and dials.found(model))
     if values["plan"]:
@@ -155,7 +165,7 @@ def command(
         result = api.compress(
             model, out_dir, **values, device=device, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
-            announce=None if quiet else announce,
+            announce=None if quiet else announce, advise=None if quiet else advise,
         )  # fmt: skip
     if values["data"] and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
@@ -203,8 +213,10 @@ def default_name(model: str, values: Mapping[str, Any]) -> str:
     dial = any(values[key] is not None for key in ("bits", "size", "max_kl", "min_agreement"))
     if values["nested"] and not dial:
         return name
-    if values["format"] or values["group"]:
-        return f"{name}-{default_format(values['bits'], values['format'], values['group'])}"
+    asked = [values.get(key) for key in ("format", "group", "sparsity")]
+    if any(asked):
+        chosen = default_format(values["bits"], *asked)
+        return f"{name}-{chosen.replace('%', '-sparse').replace(':', 'of')}"
     for key in ("size", "max_kl", "min_agreement"):
         if values[key] is not None:
             return f"{name}-{key.replace('_', '-')}-{values[key]:g}"

@@ -37,13 +37,17 @@ BaseSize = typer.Option(
     help="With --nested: memory for all weights at their narrowest, which sets the width that each "
     "begins at (default: the narrowest for all).",
 )
+Prune = typer.Option(
+    "sparsegpt", "--prune", help="How sparse formats choose: sparsegpt, wanda or magnitude."
+)
 TargetName = typer.Option(
     "native", "--target", help="Who is to load it: native, vllm-cuda, vllm-cpu, transformers, gguf."
 )
 PolicyName = typer.Option(
     "bitnest",
     "--policy",
-    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe.",
+    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe, "
+    "lpvit.",
 )
 Candidates = typer.Option(
     [], "--candidate", help="Format to choose among; may be repeated (default: those measured)."

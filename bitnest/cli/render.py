@@ -111,6 +111,13 @@ class Bars:
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note)
 
+    def remark(self, text: str) -> None:
+        """Something to read while work goes on, above the bar."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
     def pause(self) -> None:
         """Something else is about to be printed."""
         self._close(finished=True)

@@ -47,6 +47,7 @@ from typing import Any
 import torch
 
 from bitnest.errors import CheckpointError, StatisticsError
+from bitnest.recipe import PRUNERS
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
 from bitnest.sites import ENDS, Site
 from bitnest.statistics.header import AGAIN, HEADER, VERSION, open_header
@@ -112,6 +113,25 @@ class Statistics:
     def formats(self) -> list[str]:
         """Names of the candidate formats whose sensitivity was measured."""
         return list(self.header["formats"])
+
+    @property
+    def prune(self) -> str:
+        """How sparse candidates chose what stays."""
+        return str(self.header["options"].get("prune", PRUNERS[0]))
+
+    def check_prune(self, prune: str, formats: Sequence[str]) -> None:
+        """Refuse to go by losses of another way to prune than the one that is to be carried out.
+
+        Raises:
+            StatisticsError: one of the formats is sparse, and they are.
+        """
+        if prune != self.prune and any("%" in name for name in formats):
+            raise StatisticsError(
+                f"these statistics were measured with --prune {self.prune}, not {prune}",
+                where=str(self.path),
+                hint=f"--prune {self.prune}; or bitnest analyze MODEL --prune {prune} -o DIR, and "
+                "--statistics DIR",
+            )
 
     def check_formats(self, names: Sequence[str], otherwise: str = "") -> None:
         """Refuse formats that were not measured. otherwise: another way on, for the hint.
