@@ -56,6 +56,11 @@ class Factors:
 
     def product(self, expert: int | None) -> torch.Tensor:
         """s B A in float32, (out, in). expert: the place in a tensor of all."""
+        left, right = self.pair(expert)
+        return left @ right
+
+    def pair(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """s B (out, r) and A (r, in) in float32."""
         a, b = self.read(self.a), self.read(self.b)
         if self.experts is not None:
             place = self.expert if self.expert is not None else expert
@@ -65,7 +70,7 @@ class Factors:
         left, right = (a.T.float(), b.T.float()) if self.swapped else (b.float(), a.float())
         if self.rows is not None:
             left = left[self.rows[0] : self.rows[1]]
-        return (left @ right) * self.scaling
+        return left * self.scaling, right
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,10 @@ class MergedCheckpoint(Checkpoint):
     def origin(self) -> dict[str, Any]:
         """What a manifest says of this source besides its name, size and hash."""
         return {**self.base.origin(), "merged": self.merged()}
+
+    def check_sites(self, found: Sequence[Site]) -> None:
+        """The base's; merging moves nothing."""
+        self.base.check_sites(found)
 
     def merged(self) -> list[dict[str, Any]]:
         """The adapters, for a record."""

@@ -146,6 +146,7 @@ def analyze(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     data: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
@@ -175,6 +176,7 @@ def analyze(
 ) -> Statistics:
     """Measure how `model` is used and how sensitive it is, into the directory `out`.
 
+    lora: adapters, PATH or PATH:scale, merged in first; the statistics are of the merged model.
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`. importance, fisher_windows, probes,
     probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`; without importance
@@ -202,7 +204,7 @@ def analyze(
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
     )
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
     job = prepare(
         checkpoint,
         recipe,

@@ -62,6 +62,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     bits: float | None = None,
     size: int | None = None,
     max_kl: float | None = None,
@@ -101,14 +102,15 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
     artifact is read at its widest width, whose own error is added.
 
-    bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
-    group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`;
-    with a budget every weight ends at the width that this pays for, and with base_size, the bytes
-    that all weights may take when memory is least, begins at the one that this does. plan: a plan
-    to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts that
-    max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
-    overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
-    the embedded text. rtn reads no text unless a format is fitted to inputs.
+    lora: adapters, PATH or PATH:scale, merged in before anything is measured; the artifact is of
+    the merged model. bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is
+    said. format or group: one format for all instead. nested: widths that the artifact is to be
+    read at, `2-8`; with a budget every weight ends at the width that this pays for, and with
+    base_size, the bytes that all weights may take when memory is least, begins at the one that this
+    does. plan: a plan to carry out instead. policy, target, candidates, ends, exact: see `plan`.
+    check: texts that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones
+    win; no plan overrules them. data: calibration texts, `label=source`; none means those of the
+    statistics, or the embedded text. rtn reads no text unless a format is fitted to inputs.
     samples, length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed:
     see `Recipe`. width_weights: `3=4`, see there too. memory: bytes the process may use. compute:
     type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory that
@@ -148,22 +150,22 @@ def compress(
         width_weights=tuple(map(parse_width_weight, width_weights)),
     )  # fmt: skip
     maker = Maker(
-        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
+        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress, lora
     )
     plain = not any(extras.values())
     uniform = _uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
-    place = Path(statistics or default_statistics(model))
+    place = Path(statistics or default_statistics(model, lora))
     if uniform is None and plan is None:
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
-        open_checkpoint(model), recipe, trust_remote_code=trust_remote_code, device=device,
-        memory=memory, compute=compute,
+        open_checkpoint(model, lora, trust_remote_code=trust_remote_code), recipe,
+        trust_remote_code=trust_remote_code, device=device, memory=memory, compute=compute,
     )  # fmt: skip
     measuring: dict[str, Any] = {
-        "data": data, "samples": samples, "length": length, "method": method,
+        "lora": lora, "data": data, "samples": samples, "length": length, "method": method,
         "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,
         "memory": memory, "device": device, "compute": compute,
         "trust_remote_code": trust_remote_code, "progress": progress,
@@ -197,7 +199,7 @@ def compress(
             asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
             done = maker.planned(
                 replace(job, asked=asked), opened, rules,
-                statistics or plan_statistics(opened, model),
+                statistics or plan_statistics(opened, model, lora),
                 ready=ready, named=statistics is not None,
             )  # fmt: skip
         return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
@@ -257,9 +259,9 @@ def check_weights(recipe: Recipe, nesting: Nesting | None, job: Job) -> None:
                           hint="widths: " + ", ".join(map(str, sorted(own))))  # fmt: skip
 
 
-def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
+def plan_statistics(plan: Plan, model: str | Path, lora: Sequence[str] = ()) -> Path | None:
     """Where statistics are looked for, if those that the plan was made of are there."""
-    place = default_statistics(model)
+    place = default_statistics(model, lora)
     if plan.source is None or not is_statistics(place):
         return None
     return place if Statistics.open(place).header["source"]["sha256"] == plan.source else None
@@ -417,8 +419,9 @@ class Maker:
         fresh: bool,
         trust_remote_code: bool,
         progress: Progress | None,
+        lora: Sequence[str] = (),
     ) -> None:
-        self.model, self.out, self.data = model, out, data
+        self.model, self.out, self.data, self.lora = model, out, data, lora
         self.samples, self.length, self.fresh = samples, length, fresh
         self.trust, self.progress = trust_remote_code, progress
 

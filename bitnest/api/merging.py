@@ -8,7 +8,6 @@ every file is read back and held against what was written before the directory g
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from bitnest.artifact import COPIED
 from bitnest.averaging import run_weights
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import ArtifactError, CheckpointError, RecipeError
-from bitnest.lora import Adapter
+from bitnest.lora import Adapter, parse_lora
 from bitnest.merged import MergedCheckpoint
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.preflight import free_bytes
@@ -112,26 +111,6 @@ def merge(
     return MergeResult(
         out, len(base.tensors), len(merged.changes), base.nbytes, digest, merged.merged()
     )
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """PATH or PATH:scale.
-
-    Raises:
-        RecipeError: the scale is no finite number.
-    """
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).is_dir():
-        return Path(text), 1.0
-    try:
-        value = float(scale)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value == 0:
-        raise RecipeError(
-            f"'{scale}' is no scale", where=f"--lora {text}", hint=f"--lora {path}:0.5"
-        )
-    return Path(path), value
 
 
 def _files(base: Checkpoint) -> dict[Path, list[str]]:
