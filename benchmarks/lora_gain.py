@@ -126,7 +126,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
         if step % 25 == 0 or step == args.steps - 1:
             seconds = time.monotonic() - started
             print(
-                f"step {step}: loss {float(loss):.4f}, {seconds:.0f} s", file=sys.stderr, flush=True
+                f"step {step}: loss {loss.item():.4f}, {seconds:.0f} s", file=sys.stderr, flush=True
             )
     tuned.save_pretrained(out)
 
