@@ -6,7 +6,7 @@ M_i(W) what adapter i alone makes of W, and c_i its scale,
     merged = W + sum_i c_i (M_i(W) - W)
 
 in float32, rounded once to the type of W. The sum is over products, never over factors: the mean
-of B_i A_i is not the mean of B_i times the mean of A_i.
+of B_i A_i is not the mean of B_i times the mean of A_i. `combining` has other ways than the sum.
 
 Adapters speak of modules as the model has them, the checkpoint of tensors as it has them. The
 skeleton maps one to the other; names of the checkpoint are understood as well, so adapters of
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from bitnest.checkpoint import Checkpoint, all_finite
+from bitnest.combining import LINEAR, Combine
 from bitnest.errors import CheckpointError
 from bitnest.lora import Adapter, LowRank
 from bitnest.safetensors_io import TensorInfo, read_tensor
@@ -117,12 +118,14 @@ class Change:
 class MergedCheckpoint(Checkpoint):
     """A checkpoint read with adapters merged in.
 
-    base: what they are merged into. adapters: with their scales. changes: by tensor.
+    base: what they are merged into. adapters: with their scales. changes: by tensor. combine: how
+    several become one.
     """
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
     changes: Mapping[str, tuple[Change, ...]]
+    combine: Combine = field(default_factory=Combine)
 
     @classmethod
     def of(
@@ -130,6 +133,7 @@ class MergedCheckpoint(Checkpoint):
         base: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         *,
+        combine: Combine | None = None,
         trust_remote_code: bool = False,
     ) -> MergedCheckpoint:
         """`base` with `adapters` (each with its scale) merged in.
@@ -144,7 +148,9 @@ class MergedCheckpoint(Checkpoint):
             for name, change in places.changes(number, adapter, scale).items():
                 changes.setdefault(name, []).append(change)
         fixed = {name: tuple(own) for name, own in changes.items()}
-        return cls(base.path, base.config, base.tensors, base, tuple(adapters), fixed)
+        return cls(
+            base.path, base.config, base.tensors, base, tuple(adapters), fixed, combine or Combine()
+        )
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]  # a cached property there
@@ -177,21 +183,33 @@ class MergedCheckpoint(Checkpoint):
     def _merge(self, name: str, tensor: torch.Tensor, expert: int | None) -> torch.Tensor:
         """In float32."""
         weight, own = tensor.float(), self.changes[name]
-        only = own[0]
-        if len(own) == 1 and only.scale == 1.0 and only.whole is not None and not only.factors:
+        only, linear = own[0], self.combine.method == LINEAR
+        if (
+            linear
+            and len(own) == 1
+            and only.scale == 1.0
+            and only.whole is not None
+            and not only.factors
+        ):
             return only.replacement(expert)  # to the bit
-        return weight + sum(change.scale * change.delta(weight, expert) for change in own)
+        if linear:  # one change in memory at a time
+            return weight + sum(change.scale * change.delta(weight, expert) for change in own)
+        deltas = [change.delta(weight, expert) for change in own]
+        where = name if expert is None else f"{name}.{expert}"
+        return weight + self.combine.change(deltas, [change.scale for change in own], where)
 
     def scan(self, progress: Callable[[int], None] | None = None) -> str:
         """Scan the base; the sha256 of its hash, the adapters' and their scales."""
         digest = hashlib.sha256(f"merged:{self.base.scan(progress)};".encode())
         for adapter, scale in self.adapters:
             digest.update(f"{adapter.sha256}:{scale!r};".encode())
+        if self.combine.method != LINEAR:
+            digest.update(f"{self.combine!r};".encode())
         return digest.hexdigest()
 
     def origin(self) -> dict[str, Any]:
         """What a manifest says of this source besides its name, size and hash."""
-        return {**self.base.origin(), "merged": self.merged()}
+        return {**self.base.origin(), "merged": self.merged(), **self.combine.to_json()}
 
     def check_sites(self, found: Sequence[Site]) -> None:
         """The base's; merging moves nothing."""

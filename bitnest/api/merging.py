@@ -18,6 +18,7 @@ from typing import Any
 from bitnest.artifact import COPIED
 from bitnest.averaging import run_weights
 from bitnest.checkpoint import Checkpoint
+from bitnest.combining import LINEAR, Combine
 from bitnest.errors import ArtifactError, CheckpointError, RecipeError
 from bitnest.lora import Adapter, parse_lora
 from bitnest.merged import MergedCheckpoint
@@ -60,6 +61,9 @@ def merge(
     *,
     weights_from: str | None = None,
     penalty: float = 1.0,
+    combine: str = LINEAR,
+    density: float | None = None,
+    seed: int | None = None,
     residual_base: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
@@ -67,10 +71,12 @@ def merge(
 ) -> MergeResult:
     """Write `model` with `loras` merged in into the directory `out`.
 
-    loras: adapter directories, each with `:scale` behind it or 1. weights_from:
-    loss or step: the adapters are checkpoints of one run, averaged by that metric with `penalty`
-    (see `bitnest.averaging`) and without scales. residual_base: `model` is the
-    base that PiSSA's or its like's init left behind. fresh: discard an unfinished run.
+    loras: adapter directories, each with `:scale` behind it or 1. weights_from: loss or step: the
+    adapters are checkpoints of one run, averaged by that metric with `penalty` (see
+    `bitnest.averaging`) and without scales. combine, density, seed: linear, ties, dare_linear or
+    dare_ties, the share of numbers these keep (0.5), and of the random ones (0); see
+    `bitnest.combining`. residual_base: `model` is the base that PiSSA's or its like's init left
+    behind. fresh: discard an unfinished run.
 
     Raises:
         RecipeError: no adapter, or a scale that is no number.
@@ -79,6 +85,7 @@ def merge(
     """
     if not loras:
         raise RecipeError("nothing to merge", hint="--lora DIRECTORY, or DIRECTORY:0.5")
+    way = _combine(combine, density, seed)
     out, progress = Path(out).absolute(), progress or Silent()
     base = Checkpoint.open(model)
     asked = [parse_lora(text) for text in loras]
@@ -91,14 +98,14 @@ def merge(
     adapters = [(Adapter.open(path, residual_base=residual_base), scale) for path, scale in asked]
     if not is_empty(out):
         raise in_the_way(out)
-    merged = MergedCheckpoint.of(base, adapters, trust_remote_code=trust_remote_code)
+    merged = MergedCheckpoint.of(base, adapters, combine=way, trust_remote_code=trust_remote_code)
     work = _Merging(out, {}, len(_files(base)))
     _check_disk(base, work)
     progress.phase("reading", base.nbytes)
     digest = merged.scan(progress.step)
     work.fingerprint = {
         "base": base.scan(), "files": sorted(f.name for f in _files(base)),
-        "adapters": [[a["sha256"], a["scale"]] for a in merged.merged()],
+        "adapters": [[a["sha256"], a["scale"]] for a in merged.merged()], **way.to_json(),
     }  # fmt: skip
     try:
         done = work.begin(fresh=fresh)
@@ -111,6 +118,14 @@ def merge(
     return MergeResult(
         out, len(base.tensors), len(merged.changes), base.nbytes, digest, merged.merged()
     )
+
+
+def _combine(method: str, density: float | None, seed: int | None) -> Combine:
+    if method == LINEAR and density is not None:
+        raise RecipeError("--density is for ties and dare", hint="--combine ties")
+    if not method.startswith("dare") and seed is not None:
+        raise RecipeError("--seed is for dare, which draws at random", hint="--combine dare_ties")
+    return Combine(method, 0.5 if density is None else density, seed or 0)
 
 
 def _files(base: Checkpoint) -> dict[Path, list[str]]:
@@ -154,7 +169,10 @@ def _write(
         for source in sorted(base.path.glob(pattern)):
             if source.is_file():
                 shutil.copyfile(source, work.work / source.name)
-    record = {"base": base.scan(), "sha256": digest, "adapters": merged.merged()}
+    record = {
+        "base": base.scan(), "sha256": digest, "adapters": merged.merged(),
+        **merged.combine.to_json(),
+    }  # fmt: skip
     write_text(work.work / RECORD, json.dumps(record, indent=1) + "\n")
     _verify(merged, work, progress)
 
