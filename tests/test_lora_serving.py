@@ -18,11 +18,12 @@ from bitnest.cli import app
 from bitnest.errors import BitnestError, CheckpointError
 from bitnest.lora import open_adapters
 from bitnest.merged import MergedCheckpoint
+from bitnest.packed.adapters import Added
 from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.packed.modules import PackedLinear, hold_decoded
 from bitnest.skeleton import Skeleton
 from tests.adapters import Q, adapter, float32, noise, pair
-from tests.tiny import CONTEXT, VOCAB, Builder
+from tests.tiny import CONTEXT, FAMILIES, VOCAB, Builder
 
 EXPERTS = "model.layers.0.mlp.experts"
 TOKENS = torch.arange(3 * 40).view(3, 40) * 7 % VOCAB
@@ -92,6 +93,25 @@ def test_adapters_add_what_merging_into_decoded_weights_would(
     without = logits(api.load(artifact))
     torch.testing.assert_close(without, merged_logits(artifact, []), rtol=1e-4, atol=1e-4)
     assert (found - without).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_finds_its_packed_matrices(tiny: Builder, tmp_path: Path, family: str) -> None:
+    """One matrix of each kind, by the names of the checkpoint."""
+    artifact = packed(float32(tiny, family), tmp_path / "packed")
+    sites = {r.site.kind: r.site for r in Artifact.open(artifact).packed()}
+    fused = {kind for kind, site in sites.items() if "experts" in site.name and any(
+        site.name.endswith(name) for name in FAMILIES[family].fused)}  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    for kind, site in sites.items():
+        if kind not in fused:
+            tensors |= pair(site.name, *site.shape, seed=len(tensors))
+    loras = [str(adapter(tmp_path / "a", tensors))]
+    model = api.load(artifact, lora=loras)
+    assert sum(isinstance(m, Added) for m in model.modules()) == len(sites) - len(fused)
+    found = logits(model)
+    torch.testing.assert_close(found, merged_logits(artifact, loras), rtol=1e-4, atol=1e-4)
+    assert (found - logits(api.load(artifact))).abs().max() > 0.05
 
 
 def test_dora_uses_row_lengths_of_the_decoded_weights(tiny: Builder, tmp_path: Path) -> None:

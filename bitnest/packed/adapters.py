@@ -39,7 +39,7 @@ from bitnest.merged import Change, MergedCheckpoint
 from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.packed.modules import PackedLinear, PackedWeight
 from bitnest.safetensors_io import read_tensor
-from bitnest.sites import ENDS
+from bitnest.sites import ENDS, find_sites
 from bitnest.skeleton import Skeleton
 
 
@@ -47,13 +47,13 @@ from bitnest.skeleton import Skeleton
 class Adapters:
     """Adapters checked against the model in a directory, to be put on it once it is loaded.
 
-    merged: the model with them in it; its factors and its dense tensors are read from there. sites:
-    of packed matrices that they change, with the changes of each.
+    merged: the model with them in it; its factors and its dense tensors are read from there.
+    skeleton: of it. sites: of packed matrices that they change, with the changes of each.
     """
 
     merged: MergedCheckpoint
+    skeleton: Skeleton
     sites: tuple[tuple[SiteRecord, tuple[Change, ...]], ...]
-    trust_remote_code: bool = False
 
     @classmethod
     def of(
@@ -65,6 +65,8 @@ class Adapters:
             CheckpointError: an adapter that is unusable, of another base, or that changes packed
                 weights in a way that cannot be kept apart from them.
             RecipeError: a scale that is none.
+            UnsupportedModel: the artifact's sites are not where this version of transformers has
+                them.
         """
         if not loras:
             return None
@@ -75,13 +77,15 @@ class Adapters:
             base = Checkpoint.open(path)
         opened = open_adapters(loras)
         merged = MergedCheckpoint.of(base, opened, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton.build(merged, trust_remote_code=trust_remote_code)
+        merged.check_sites(find_sites(skeleton))
         packed = base.sources if isinstance(base, DecodedCheckpoint) else {}
         sites = []
         for name, changes in merged.changes.items():
             for record in packed.get(name, ()):
                 _check_apart(merged, record, changes)
                 sites.append((record, changes))
-        return cls(merged, tuple(sites), trust_remote_code)
+        return cls(merged, skeleton, tuple(sites))
 
     @property
     def nbytes(self) -> int:
@@ -111,12 +115,10 @@ class Adapters:
 
     def _dense(self, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters that are not packed and are changed, merged."""
-        trust = self.trust_remote_code
-        skeleton = Skeleton.build(self.merged, trust_remote_code=trust)
         own = {name for name, _ in model.named_parameters()}
-        for name, source in skeleton.sources.items():
+        for name, source in self.skeleton.sources.items():
             if name in own and not self.merged.changes.keys().isdisjoint(source.names):
-                yield name, skeleton.read(name)
+                yield name, self.skeleton.read(name)
 
 
 def _check_apart(merged: MergedCheckpoint, record: SiteRecord, changes: Sequence[Change]) -> None:
