@@ -139,6 +139,18 @@ def test_row_lengths_follow_the_width_of_a_nested_weight(tiny: Builder, tmp_path
     assert torch.equal(logits(model), narrow)
 
 
+def test_factors_keep_their_type_when_the_model_changes_its(tiny: Builder, tmp_path: Path) -> None:
+    artifact = packed(float32(tiny, "llama"), tmp_path / "packed")
+    loras = [str(adapter(tmp_path / "a", DORA, use_dora=True))]
+    loras.append(str(adapter(tmp_path / "b", pair(Q, 64, 64))))
+    model: Any = api.load(artifact, lora=loras)
+    before = logits(model)
+    torch.nn.Module.to(model, torch.bfloat16)
+    own = [m for m in model.modules() if isinstance(m, Added)]
+    assert own and all(b.dtype == torch.float32 for m in own for b in m.buffers())
+    torch.testing.assert_close(logits(model).float(), before, rtol=0.1, atol=0.1)
+
+
 def test_kept_decoded_weights_are_not_changed(tiny: Builder, tmp_path: Path) -> None:
     artifact = packed(float32(tiny, "qwen3_moe"), tmp_path / "packed")
     own = adapter(tmp_path / "a", BOTH, target_parameters=NAMES)

@@ -135,7 +135,20 @@ def _check_apart(merged: MergedCheckpoint, record: SiteRecord, changes: Sequence
         )
 
 
-class Added(nn.Module):
+class _Wide(nn.Module):
+    """Holds float32 buffers that move between devices and keep their type."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Wide:
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class Added(_Wide):
     """What adapters add to the product of one packed matrix W (out, in).
 
     a (R, in), b (out, R): the plain factors of all, with their scales. turned: DoRA's.
@@ -176,7 +189,7 @@ class Added(nn.Module):
         return self(torch.eye(weight.shape[1], device=weight.device), weight.T).T
 
 
-class _Turned(nn.Module):
+class _Turned(_Wide):
     """DoRA's part: factors a (r, in), b (out, r), m (out,), and the scale c of the whole change."""
 
     a: torch.Tensor
