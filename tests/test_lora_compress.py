@@ -140,6 +140,7 @@ def test_commands_name_what_they_make_after_the_adapter(
     assert made.exit_code == 0, made.output
     assert Path("qwen3_moe+code-4bit/bitnest.json").exists()
     assert f"--against-lora {lora}" in made.stderr
+    assert "merged: code x 1" in run(app, ["inspect", "qwen3_moe+code-4bit"]).output
     args = ["--samples", "4", "--length", "32", "--format", "int4-g32", "--data", str(text)]
     more = ["--fisher-windows", "2", "--probes", "2", "--probe-windows", "2"]
     made = run(app, ["analyze", base, "--lora", str(lora), *args, *more])
