@@ -205,6 +205,15 @@ def test_dense_embedding_and_head_of_an_artifact_are_merged(tiny: Builder, tmp_p
     torch.testing.assert_close(found, merged_logits(artifact, lora), rtol=1e-4, atol=1e-4)
 
 
+def test_dense_router_and_its_buffer_are_merged(tiny: Builder, tmp_path: Path) -> None:
+    artifact = packed(float32(tiny, "deepseek_v3"), tmp_path / "packed")
+    gate = "model.layers.1.mlp.gate"
+    own = {f"{gate}.e_score_correction_bias": noise(4), f"{gate}.weight": noise(4, 64, seed=1)}
+    model: Any = api.load(artifact, lora=[str(adapter(tmp_path / "a", own))])
+    for name, tensor in own.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
 def test_eval_measures_the_adapter_and_counts_its_bytes(
     tiny: Builder, tmp_path: Path, text: Path
 ) -> None:

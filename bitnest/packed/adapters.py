@@ -21,7 +21,7 @@ heads. They are refused before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from bitnest.artifact import Artifact, is_artifact
+from bitnest.changes import Change
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import CheckpointError
 from bitnest.lora import open_adapters
 from bitnest.manifest import SiteRecord
-from bitnest.merged import Change, MergedCheckpoint
+from bitnest.merged import MergedCheckpoint
 from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.packed.modules import PackedLinear, PackedWeight
 from bitnest.safetensors_io import read_tensor
@@ -101,9 +102,10 @@ class Adapters:
 
     def put_on(self, model: Any) -> None:
         """Change `model`, loaded from the same directory, in place."""
+        state = model.state_dict(keep_vars=True)  # parameters, and buffers that checkpoints hold
         with torch.no_grad():
-            for name, values in self._dense(model):
-                model.get_parameter(name).copy_(values)
+            for name, values in self._dense(state):
+                state[name].copy_(values)
         if not self.sites:
             return
         weights = {record.site.name: weight for record, weight in model.bitnest_source.weights}
@@ -113,9 +115,8 @@ class Adapters:
                 added = Added(weight, record.site.expert, changes)
                 _attach(model.get_submodule(record.site.module), record, added)
 
-    def _dense(self, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters that are not packed and are changed, merged."""
-        own = {name for name, _ in model.named_parameters()}
+    def _dense(self, own: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of `own` that are changed, merged; packed ones are not among them."""
         for name, source in self.skeleton.sources.items():
             if name in own and not self.merged.changes.keys().isdisjoint(source.names):
                 yield name, self.skeleton.read(name)
