@@ -14,8 +14,10 @@ and reused). Then, by mean NLL in nats per token on --eval, which is in none of 
     net gain   (NLL(base) - NLL(row)) / (NLL(base) - NLL(base merged))
 
 "Gain kept" holds the base's own cost of compression against neither side; "net gain" counts all of
-it against the row. Every compression has the same format, method and calibration text. --steps,
---rank and --seed change the adapter; needs peft. The last line of stdout is one JSON object.
+it against the row. Every compression has the same format, method and calibration text. The text
+must be of a kind that MODEL has more to learn of, or the gain drowns in the noise of compression.
+--steps, --rank, --rate and --seed change the adapter; needs peft. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def main() -> None:
     args = parse()
     work = args.work or Path(tempfile.mkdtemp(prefix="bitnest-lora-"))
     work.mkdir(parents=True, exist_ok=True)
-    adapter = work / f"adapter-r{args.rank}-{args.steps}-{args.seed}"
+    adapter = work / f"adapter-r{args.rank}-{args.steps}-{args.rate:g}-{args.seed}"
     if not adapter.exists():
         train(args, adapter)
     lora = [str(adapter)]
@@ -150,7 +152,7 @@ def merge_after(base: Path, lora: list[str], out: Path, args: argparse.Namespace
 
 
 def nll(args: argparse.Namespace, model: Any, lora: list[str] | None = None) -> dict[str, float]:
-    """Mean NLL in nats with its standard error, and perplexity."""
+    """Mean NLL in nats, perplexity, and bytes of weights and adapter."""
     from bitnest import api
 
     found = api.evaluate([model], data=[args.eval], lora=lora or [], windows=args.windows)
@@ -170,7 +172,9 @@ def report(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
         row["kept"] = row["net"] if number < 2 else (low - row["nll"]) / gain
         print(f"{name:26}{row['bytes']:>12,.0f}{row['perplexity']:>12.3f}{row['nll']:>9.4f}"
               f"{row['kept']:>10.1%}{row['net']:>10.1%}")  # fmt: skip
-    asked = {k: str(v) for k, v in vars(args).items() if k in {"format", "rank", "steps", "seed"}}
+    asked = {
+        k: str(v) for k, v in vars(args).items() if k in {"format", "rank", "steps", "rate", "seed"}
+    }
     print(json.dumps({"model": Path(args.model).name, **asked, "rows": rows, "machine": machine()}))
 
 
