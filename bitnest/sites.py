@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from bitnest.errors import UnsupportedModel
+from bitnest.expert_axes import is_experts
 from bitnest.kinds import ENDS, KINDS, UNNAMED_DENSE
+from bitnest.resized import router_rows
 from bitnest.skeleton import Skeleton, Source
 
 __all__ = [
@@ -96,11 +98,6 @@ def find_sites(skeleton: Skeleton) -> list[Site]:
     if not sites:
         raise UnsupportedModel(f"no matrices found under {skeleton.prefix}")
     return [*sites, *_end_sites(skeleton)]
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether the module is a set of fused experts behind transformers' experts interface."""
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -175,7 +172,7 @@ def _kind(skeleton: Skeleton, name: str, shape: tuple[int, int]) -> str:
         return "expert"
     parent = skeleton.model.get_submodule(name.rpartition(".")[0])
     if hasattr(parent, "experts") or "router" in name.rpartition(".")[2]:
-        experts = _expert_count(getattr(parent, "experts", None))
+        experts = _router_rows(getattr(parent, "experts", None))
         if shape[0] in {1, experts}:  # a router, or the one-row gate of a shared expert
             return "router"
     if "shared" in name:
@@ -183,10 +180,10 @@ def _kind(skeleton: Skeleton, name: str, shape: tuple[int, int]) -> str:
     return "attention" if re.search(r"attn|attention", name) else "mlp"
 
 
-def _expert_count(module: nn.Module | None) -> int:
+def _router_rows(module: nn.Module | None) -> int:
     if isinstance(module, nn.ModuleList):
         return len(module)
-    return int(getattr(module, "num_experts", 0) or 0)
+    return router_rows(module)
 
 
 def _expert_sites(skeleton: Skeleton, name: str, module: nn.Module, layer: int) -> list[Site]:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitnest.checkpoint import Checkpoint
+from bitnest.checkpoint import Checkpoint, read_config
 from bitnest.errors import CheckpointError, UnsupportedModel
+from bitnest.resized import config_experts, resize_experts
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Skeleton:
             CheckpointError: the checkpoint lacks weights that the model needs.
         """
         model = _meta_model(checkpoint, trust_remote_code)
-        prefix = _find_blocks(model)
+        prefix = find_blocks(model)
+        resize_experts(model, prefix, config_experts(model.config))
         sources, leftover = _map_sources(model, checkpoint)
         skeleton = cls(checkpoint, model, prefix, sources, leftover)
         skeleton._check_complete()
@@ -199,6 +201,9 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             )
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        if checkpoint.config != read_config(checkpoint.path):  # a view of what lies there
+            config = type(config).from_dict(deepcopy(checkpoint.config))
+            config.name_or_path = str(checkpoint.path)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (
@@ -215,7 +220,12 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _find_blocks(model: Any) -> str:
+def find_blocks(model: Any) -> str:
+    """Dotted path of the ModuleList of decoder blocks.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = {
         name: sum(p.numel() for p in module.parameters())

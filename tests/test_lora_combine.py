@@ -128,7 +128,7 @@ def test_command_records_and_resumes_one_way_only(
     pytest.importorskip("peft")
     args = ["merge", str(base), "--combine", "dare_ties", "--density", "0.4", "--seed", "3", "-q"]
     both = [arg for path in loras for arg in ("--lora", str(path))]
-    monkeypatch.setattr("bitnest.api.merging._verify", lambda *_: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr("bitnest.api.writing._verify", lambda *_: (_ for _ in ()).throw(OSError()))
     assert CliRunner().invoke(app, [*args, *both, "-o", str(tmp_path / "out")]).exit_code != 0
     monkeypatch.undo()
     with pytest.raises(ArtifactError, match="other inputs"):

@@ -31,7 +31,7 @@ from bitnest.quantize.transforms.proof import Call, Proof, capture_calls, in_flo
 from bitnest.quantize.transforms.residual import rotate_residual
 from bitnest.quantize.transforms.trace import find_edges
 from bitnest.sites import is_experts, is_linear
-from bitnest.skeleton import _find_blocks
+from bitnest.skeleton import find_blocks
 from tests.tiny import FAMILIES, VOCAB, Family, build
 
 TOKENS = torch.arange(24).mul(13).remainder(VOCAB).view(2, 12)
@@ -108,7 +108,7 @@ def tiny_model(family: str | Family, dtype: torch.dtype = torch.float64, **optio
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
-    return model.get_submodule(_find_blocks(model))
+    return model.get_submodule(find_blocks(model))
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ def test_residual_rotation_is_exact_or_refused(family: str) -> None:
     model = tiny_model(family)
     expected, before = logits(model), state(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    proof = rotate_residual(model, _find_blocks(model), TOKENS)
+    proof = rotate_residual(model, find_blocks(model), TOKENS)
     if family in SCALES:
         assert proof.exact == (family in ROTATES)
     if proof.exact:
@@ -400,7 +400,7 @@ def test_norm_whose_output_is_also_the_residual_is_refused_by_running() -> None:
     for edge in norms:
         proof = fold_scale(blocks[0], edge, factors(edge.width), call)
         assert not proof.exact and 1e-3 < proof.deviation < float("inf")
-    assert not rotate_residual(model, _find_blocks(model), TOKENS).exact
+    assert not rotate_residual(model, find_blocks(model), TOKENS).exact
     assert_untouched(model, before)
 
 

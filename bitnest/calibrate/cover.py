@@ -10,6 +10,7 @@ Added windows carry the label `cover`: they feed Hessians, and no figure of how 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -23,9 +24,11 @@ from bitnest.calibrate.ebss import ebss
 from bitnest.calibrate.observe import COVER
 from bitnest.calibrate.stream import Stream
 from bitnest.errors import RecipeError, UnsupportedModel
+from bitnest.merged import MergedCheckpoint
 from bitnest.progress import Progress
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget
+from bitnest.reduced import ReducedCheckpoint
 
 WAYS = ("data", "self")
 WORTH = 8  # missing tokens a window has to bring, else nearly dead experts pull in hundreds
@@ -111,9 +114,7 @@ def _self(
     progress: Progress,
 ) -> tuple[CalibrationSet, Drawn]:
     """Windows written by the model itself, in batches, until all experts are covered."""
-    from bitnest.packed.loading import load_model
-
-    model = load_model(job.checkpoint.path, device=job.device)
+    model = _whole_model(job)
     have = {name: found.clone() for name, found in counts.items()}
     parts: list[torch.Tensor] = []
     rounds = tried = 0
@@ -135,6 +136,18 @@ def _self(
     tokens = torch.cat(parts) if parts else calibration.tokens[:0]
     return _with(calibration, tokens), Drawn("self", len(tokens), rounds, tried,
                                              _starved(have, minimum))  # fmt: skip
+
+
+def _whole_model(job: Job) -> Any:
+    """The model with all weights; a view of a checkpoint is no directory to load it from."""
+    if isinstance(job.checkpoint, MergedCheckpoint | ReducedCheckpoint):
+        skeleton = replace(job.skeleton, model=deepcopy(job.skeleton.model))
+        skeleton.fill("", dtype=job.checkpoint.dtype, device=job.device)
+        skeleton.model.tie_weights()
+        return skeleton.model.to(job.device)
+    from bitnest.packed.loading import load_model
+
+    return load_model(job.checkpoint.path, device=job.device)
 
 
 def _starved(counts: Mapping[str, torch.Tensor], minimum: Mapping[str, int]) -> int:

@@ -173,7 +173,10 @@ class Observer(Hooked):
         return Input([name], Moments.zeros((self.labels,), width), hessian, weight)
 
     def _router(self, name: str, module: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight and bias of the matrix beside the experts with one row for each."""
+        """Weight and bias of the matrix beside the experts with one row for each; None also where
+        rows are not experts (see `resized`), whose logits would count for the wrong ones."""
+        if hasattr(module, "expert_rows"):
+            return None
         modules = dict(self._modules)
         parent = modules.get(name.rpartition(".")[0])
         for other in parent.children() if parent is not None else ():

@@ -33,6 +33,7 @@ import torch
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.checkpoint import Checkpoint
 from bitnest.errors import BitnestError, UnsupportedModel
+from bitnest.resized import silenced
 from bitnest.sites import Site, find_sites
 from bitnest.skeleton import Skeleton
 
@@ -213,8 +214,4 @@ def silence(index: torch.Tensor, gates: torch.Tensor, experts: Sequence[int]) ->
     gates bit for bit; those whose others sum to 0 get zeros.
     """
     off = torch.isin(index, torch.tensor(experts, device=index.device, dtype=index.dtype))
-    kept = gates.float().masked_fill(off, 0)
-    rest = kept.sum(-1, keepdim=True)
-    scale = gates.float().sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1)
-    scaled = (kept * scale).masked_fill(rest == 0, 0).to(gates.dtype)
-    return torch.where(off.any(-1, keepdim=True), scaled, gates)
+    return silenced(gates, off)

@@ -40,6 +40,7 @@ from bitnest.export.verify import verify_export
 from bitnest.formats import parse_format
 from bitnest.kernels.decode import decode
 from bitnest.manifest import MANIFEST, SiteRecord
+from bitnest.reduced import is_ordinary
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -163,6 +164,13 @@ def check_export(
         TargetError: a site that the format or the engine cannot take.
     """
     check_layout(records)
+    if not is_ordinary(config):
+        raise TargetError(
+            "its layers have unequal numbers of experts, or router rows that are none: no engine "
+            "loads that",
+            where=CONFIG,
+            hint="keep as many experts in every layer, or run the artifact with bitnest",
+        )
     dtype = str(_model_dtype(config, dense)).partition(".")[2]
     facts = (records, config, global_scales, dtype)
     notes = engine_notes(*facts) if engine is None else check_engine(engine, *facts)

@@ -26,6 +26,7 @@ from bitnest.formats.zero import ZeroFormat
 from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
 from bitnest.manifest import SiteRecord
+from bitnest.reduced import is_ordinary
 from bitnest.sites import Site
 from bitnest.targets import TARGETS, Target
 
@@ -49,10 +50,15 @@ def open_target(name: str, config: Mapping[str, Any]) -> Target:
     """The target of that name for a model with that config.json.
 
     Raises:
-        TargetError: no such target.
+        TargetError: no such target, or none that runs such a model.
     """
     if name == "native":
         return Target("native", NATIVE, _native_allows)
+    if name in {"gguf", *ENGINES} and not is_ordinary(config):
+        raise TargetError(
+            f"layers with unequal numbers of experts: {name} cannot load that",
+            hint="keep as many experts in every layer, or plan for native",
+        )
     if name == "gguf":
         return Target(
             "gguf", tuple(GGUF), _gguf_allows, _stacked,

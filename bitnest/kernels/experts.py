@@ -88,7 +88,7 @@ def experts_forward(
 
 
 def _expert(
-    module: Any, weights: Weights, expert: int, x: torch.Tensor, added: Added | None
+    module: Any, weights: Weights, expert: int, x: torch.Tensor, added: Added | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One expert applied to rows x (n, hidden): first projection, down's input, output."""
 
@@ -113,6 +113,11 @@ def _activate(module: Any, up: torch.Tensor) -> torch.Tensor:
 def down_input(module: Any, up_weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What one expert's down projection reads, (n, intermediate), for tokens x (n, hidden)."""
     return _activate(module, F.linear(x, up_weight, _bias(module, up_name(module), expert, x)))
+
+
+def expert_output(module: Any, weights: Weights, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert gives for tokens x (n, hidden), chosen or not: (n, hidden), before gates."""
+    return _post_norm(module, _expert(module, weights, expert, x)[2])
 
 
 def _post_norm(module: Any, y: torch.Tensor) -> torch.Tensor:

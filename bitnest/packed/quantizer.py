@@ -26,6 +26,8 @@ from bitnest.manifest import SiteRecord
 from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
 from bitnest.packed.widths import Source, attach, loaded_formats, wanted_widths
+from bitnest.resized import config_experts, resize_experts
+from bitnest.skeleton import find_blocks
 
 METHOD = "bitnest"
 
@@ -57,6 +59,8 @@ class BitnestQuantizer(HfQuantizer):
             raise ArtifactError("an artifact is loaded from its directory, not from a state dict")
         self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
         self.formats = loaded_formats(self.artifact, wanted_widths())
+        if entries := config_experts(model.config):
+            resize_experts(model, find_blocks(model), entries)
         self.weights = _replace_modules(model, self.artifact, self.formats)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model

@@ -36,6 +36,7 @@ from bitnest.formats import AnyFormat, DenseFormat, widths
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import WORK, WORKING_COPIES, resident_bytes
 from bitnest.quantize.sizing import Sizes, cache_bytes
+from bitnest.reduced_config import TOP_K, first_of
 
 OVERHEAD = 2.5  # of a run over its products alone; measured on models of 4 to 22 M parameters
 GPTQ_FLOPS = 3.0  # per O I^2, the sweep's updates and the error; I^3 apart
@@ -147,7 +148,7 @@ def active_bytes(job: Job, formats: Mapping[str, AnyFormat], sizes: Sizes) -> in
     for site in job.sites:
         nbytes = formats[site.name].nbytes(site.shape)
         if site.expert is not None:
-            k = min(_top_k(config), experts[site.layer])
+            k = min(first_of(config, TOP_K, 2), experts[site.layer])
             total -= nbytes * (1 - k / experts[site.layer])
     tied = bool(getattr(config, "tie_word_embeddings", False))
     table = job.skeleton.model.get_input_embeddings()
@@ -159,14 +160,6 @@ def active_bytes(job: Job, formats: Mapping[str, AnyFormat], sizes: Sizes) -> in
         )  # fmt: skip
         total -= whole * (1 - 1 / table.weight.shape[0])
     return max(1, round(total))
-
-
-def _top_k(config: Any) -> int:
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return 2
 
 
 def _speed(job: Job, machine: Machine, sizes: Sizes, active: int) -> Speed:
@@ -263,7 +256,7 @@ def flops(job: Job, samples: int, length: int) -> float:
         out, inner = site.shape
         share = 1.0
         if site.expert is not None:
-            share = min(1.0, _top_k(config) / experts[site.layer])
+            share = min(1.0, first_of(config, TOP_K, 2) / experts[site.layer])
         total += 2 * 2 * tokens * share * site.numel
         if isinstance(job.formats[site.name], DenseFormat) and site.kind == "router":
             continue

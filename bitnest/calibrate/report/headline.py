@@ -199,6 +199,8 @@ def _offload(analysis: Analysis) -> Said:
     sch, size = found["sch"], 2 * found["top_k"]
     i = longest_window(found)
     best = sch["values"][i][sch["rho"].index(2)]
+    if best is None:  # fewer experts than that
+        return None, ""
     verdict = (
         "suits" if best >= SUITS else "partly suits" if best >= SUITS_PARTLY else "does not suit"
     )

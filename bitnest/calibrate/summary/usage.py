@@ -11,7 +11,6 @@ import torch
 
 from bitnest.calibrate.blocks import read_moments
 from bitnest.calibrate.distribution.offload import (
-    coactivation,
     offloading,
     phi,
     transition_counts,
@@ -130,7 +129,7 @@ def layer_section(usage: Usage, following: Usage | None, tiers: Array | None) ->
     entropy = -(usage.share * np.log(np.where(usage.share > 0, usage.share, 1))).sum(1)
     counts = None
     if following is not None:
-        counts = transition_counts(usage.trace, following.trace, usage.experts, following.experts)
+        counts = _pairs(usage, following)
     section: dict[str, Any] = {
         "layer": usage.layer,
         "experts": usage.experts,
@@ -148,7 +147,7 @@ def layer_section(usage: Usage, following: Usage | None, tiers: Array | None) ->
         "margin": None,
         "logit_mean": None,
         "logit_std": None,
-        "coactivation": plain(phi(coactivation(usage.trace, usage.experts), len(usage.trace))),
+        "coactivation": plain(phi(_pairs(usage, usage), len(usage.trace))),
         "transitions": None if counts is None else transitions(counts).tolist(),
         "transition_entropy": None if counts is None else transition_entropy(counts),
     }
@@ -159,6 +158,17 @@ def layer_section(usage: Usage, following: Usage | None, tiers: Array | None) ->
     if usage.logits is not None:
         section["logit_mean"], section["logit_std"] = (part.tolist() for part in usage.logits)
     return section
+
+
+def _pairs(this: Usage, other: Usage) -> Array:
+    """Pairs of experts that tokens chose, (E, E'); choices of none are left out."""
+    traces, sizes = [], []
+    for usage in (this, other):
+        none = usage.experts + np.arange(usage.top_k)  # a number of its own for each choice
+        traces.append(np.where(usage.trace < usage.experts, usage.trace, none))
+        sizes.append(usage.experts + usage.top_k)
+    found = transition_counts(traces[0], traces[1], sizes[0], sizes[1])
+    return found[: this.experts, : other.experts]
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,9 @@ def channels_section(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def offloading_part(usages: Sequence[Usage], statistics: Statistics) -> dict[str, Any] | None:
-    """SRP, SCH and cache hit rates; None for a model without experts."""
+    """SRP, SCH and cache hit rates; None for a model without experts. Layers where choices may be
+    no expert are left out: their requests differ in number from token to token."""
+    usages = [usage for usage in usages if usage.trace.max(initial=0) < usage.experts]
     if not usages:
         return None
     only = {label for label in statistics.labels if label != COVER} or set(statistics.labels)
