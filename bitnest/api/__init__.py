@@ -147,6 +147,7 @@ def analyze(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     data: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
@@ -177,6 +178,7 @@ def analyze(
 ) -> Statistics:
     """Measure how `model` is used and how sensitive it is, into the directory `out`.
 
+    lora: adapters, PATH or PATH:scale, merged in first; the statistics are of the merged model.
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`, and `prune` where they are sparse.
     importance, fisher_windows, probes, probe_windows, hessian, keep_hessians: see
@@ -205,7 +207,7 @@ def analyze(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
         prune=prune,
     )  # fmt: skip
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
     job = prepare(
         checkpoint,
         recipe,

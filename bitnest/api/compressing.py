@@ -64,6 +64,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     bits: float | None = None,
     size: int | None = None,
     max_kl: float | None = None,
@@ -106,15 +107,16 @@ def compress(
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
     artifact is read at its widest width, whose own error is added.
 
-    bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
-    group: one format for all instead. sparsity: `50%`, `2:4` or `b16x16-50` of that format, of
-    16-bit weights if there is none. nested: widths that the artifact is to be read at, `2-8`; with
-    a budget every weight ends at the width that this pays for, and with base_size, the bytes that
-    all weights may take when memory is least, begins at the one that this does. plan: a plan to
-    carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts that max_kl
-    and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan overrules
-    them. data: calibration texts, `label=source`; none means those of the statistics, or the
-    embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
+    lora: adapters, PATH or PATH:scale, merged in before anything is measured; the artifact is of
+    the merged model. bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is
+    said. format or group: one format for all instead. sparsity: `50%`, `2:4` or `b16x16-50` of that
+    format, of 16-bit weights if there is none. nested: widths that the artifact is to be read at,
+    `2-8`; with a budget every weight ends at the width that this pays for, and with base_size, the
+    bytes that all weights may take when memory is least, begins at the one that this does. plan: a
+    plan to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts
+    that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
+    overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
+    the embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
     calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
     width_weights: `3=4`, see there too; so is prune. memory: bytes the process may use. compute:
     type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory that
@@ -162,22 +164,22 @@ def compress(
     )  # fmt: skip
     maker = Maker(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress,
-        advise,
+        advise, lora,
     )  # fmt: skip
     plain = not any(extras.values())
     uniform = _uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
-    place = Path(statistics or default_statistics(model))
+    place = Path(statistics or default_statistics(model, lora))
     if uniform is None and plan is None:
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
-        open_checkpoint(model), recipe, trust_remote_code=trust_remote_code, device=device,
-        memory=memory, compute=compute,
+        open_checkpoint(model, lora, trust_remote_code=trust_remote_code), recipe,
+        trust_remote_code=trust_remote_code, device=device, memory=memory, compute=compute,
     )  # fmt: skip
     measuring: dict[str, Any] = {
-        "data": data, "samples": samples, "length": length, "method": method,
+        "lora": lora, "data": data, "samples": samples, "length": length, "method": method,
         "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,
         "memory": memory, "device": device, "compute": compute, "prune": prune,
         "trust_remote_code": trust_remote_code, "progress": progress,
@@ -213,7 +215,7 @@ def compress(
             asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
             done = maker.planned(
                 replace(job, asked=asked), opened, rules,
-                statistics or plan_statistics(opened, model),
+                statistics or plan_statistics(opened, model, lora),
                 ready=ready, named=statistics is not None,
             )  # fmt: skip
         return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
@@ -291,9 +293,9 @@ def plan_formats(plan: str | Path | Plan | None) -> list[str]:
     return [] if plan is None else [rule.format for rule in _opened(plan).rules]
 
 
-def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
+def plan_statistics(plan: Plan, model: str | Path, lora: Sequence[str] = ()) -> Path | None:
     """Where statistics are looked for, if those that the plan was made of are there."""
-    place = default_statistics(model)
+    place = default_statistics(model, lora)
     if plan.source is None or not is_statistics(place):
         return None
     return place if Statistics.open(place).header["source"]["sha256"] == plan.source else None
@@ -452,8 +454,9 @@ class Maker:
         trust_remote_code: bool,
         progress: Progress | None,
         advise: Callable[[Advice], None] | None = None,
+        lora: Sequence[str] = (),
     ) -> None:
-        self.advise = advise
+        self.advise, self.lora = advise, lora
         self.model, self.out, self.data = model, out, data
         self.samples, self.length, self.fresh = samples, length, fresh
         self.trust, self.progress = trust_remote_code, progress

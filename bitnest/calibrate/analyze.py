@@ -541,6 +541,7 @@ class _Run:
                 "sha256": self.writer.fingerprint["source"],
                 "bytes": job.checkpoint.nbytes,
                 "parameters": sum(math.prod(t.shape) for t in job.checkpoint.tensors.values()),
+                **job.checkpoint.origin(),
             },
             "architecture": type(self.skeleton.model).__name__,
             "labels": self.labels,

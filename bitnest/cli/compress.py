@@ -9,13 +9,14 @@ from typing import Any
 import typer
 
 from bitnest.cli import dials
-from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
+from bitnest.cli.options import Device, Json, Lora, Quiet, Remote, parse_size
 
 
 def command(
     call: typer.Context,
     model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
+    lora: list[str] = Lora,
     bits: float = dials.Bits,
     size: str = dials.Size,
     max_kl: float = dials.MaxKl,
@@ -108,7 +109,7 @@ def command(
     from bitnest import api
 
     values: dict[str, Any] = {
-        "bits": bits, "size": parse_size(size), "max_kl": max_kl,
+        "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
         "group": group, "sparsity": sparsity, "prune": prune, "nested": nested,
         "base_size": parse_size(base_size), "plan": plan,
@@ -149,18 +150,18 @@ def command(
     out_dir = out or Path(default_name(model, values))
     plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
-    known = values["statistics"] or (not uniform and dials.found(model))
+    known = values["statistics"] or (not uniform and dials.found(model, values["lora"]))
     if values["plan"]:
         from bitnest.api.compressing import plan_statistics
         from bitnest.plan import Plan
 
-        known = known or plan_statistics(Plan.read(values["plan"]), model)
+        known = known or plan_statistics(Plan.read(values["plan"]), model, values["lora"])
     if not values["data"] and not known and values["method"] != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     if not quiet:
         dials.remark_nested(model)
     if not uniform and not quiet:
-        dials.remark(model, values["statistics"])
+        dials.remark(model, values["statistics"], values["lora"])
     with Bars(quiet) as bars:
         result = api.compress(
             model, out_dir, **values, device=device, fresh=fresh,
@@ -176,7 +177,7 @@ def command(
         return
     summary(result)
     if not quiet:
-        next_commands(result, model)
+        next_commands(result, model, values["lora"])
 
 
 def _warn_without_compiler(device: str | None) -> None:
@@ -203,9 +204,10 @@ def given_options(call: typer.Context, spelt: dict[str, tuple[str, ...]]) -> set
 
 def default_name(model: str, values: Mapping[str, Any]) -> str:
     """Artifact directory for `model` when none is named: <model>-<what was asked> here."""
+    from bitnest.lora import name_with
     from bitnest.recipe import DEFAULT_BITS, default_format
 
-    name = Path(model).name
+    name = name_with(Path(model).name, values["lora"])
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}"
     if values["nested"]:

@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 from bitnest.cli.options import Json, Quiet, Remote
-from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES
 
 
 def command(
@@ -38,8 +37,8 @@ def command(
     data: list[str] = typer.Option(
         [], "--data", help="Calibration text, label=source; repeat it. (default: an embedded text)"
     ),
-    samples: int = typer.Option(DEFAULT_SAMPLES, "--samples", help="Calibration windows."),
-    length: int = typer.Option(DEFAULT_LENGTH, "--length", help="Tokens of a window."),
+    samples: int = typer.Option(64, "--samples", help="Calibration windows."),
+    length: int = typer.Option(512, "--length", help="Tokens of a window."),
     seed: int = typer.Option(0, "--seed", help="Of drawing windows and tuning."),
     statistics: Path = typer.Option(
         None, "--statistics", help="Directory that analyze wrote: gradients for --score fisher."

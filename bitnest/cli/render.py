@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,8 @@ def _expected(predicted: dict[str, Any]) -> str:
     return f"{text} ({parts})"
 
 
-def next_commands(result: CompressResult, model: str) -> None:
+def next_commands(result: CompressResult, model: str, lora: Sequence[str] = ()) -> None:
     """What a person would type now."""
-    say(f"next: bitnest eval {result.path} --against {model}")
+    adapters = "".join(f" --against-lora {one}" for one in lora)
+    say(f"next: bitnest eval {result.path} --against {model}{adapters}")
     say(f"      bitnest serve {result.path}")

@@ -38,7 +38,6 @@ from bitnest.formats import AnyFormat, DenseFormat, parse_format, widths
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
 from bitnest.manifest import FORMAT_VERSION, SiteRecord
-from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.planes import plane_width, split_streams
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.advice import Advice, Witness
@@ -147,8 +146,7 @@ def prepare(
     """
     skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     sites = find_sites(skeleton)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        checkpoint.check_sites(sites)
+    checkpoint.check_sites(sites)
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
     chosen = choose_device(device)
     dtype = _compute_type(compute, checkpoint, chosen)
