@@ -75,13 +75,14 @@ class PruneResult:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         rest = {k: v for k, v in vars(self).items() if k not in {"path", "chosen"}}
-        return {"path": str(self.path), **rest, **self.chosen.to_json()}
+        return {"path": str(self.path), **rest, "reduction": self.chosen.to_json()}
 
 
 def prune(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     experts: str | None = None,
     blocks: int = 0,
     score: str = "relative",
@@ -100,7 +101,8 @@ def prune(
 ) -> PruneResult:
     """Write `model` with fewer experts and blocks into the directory `out`.
 
-    experts: how many to keep of every layer, `12`, or `75%`. blocks: how many to leave out. score:
+    lora: adapters, PATH or PATH:scale, merged in first. experts: how many to keep of every layer,
+    `12`, or `75%`. blocks: how many to leave out. score:
     which experts go, see `prune.experts.scores`. fate: drop or merge. align: neurons before they
     are merged. tune: the routers afterwards, where that is measured to help. data, samples, length,
     seed: calibration texts, windows and tokens. statistics: for the score `fisher`. fresh: discard
@@ -125,7 +127,7 @@ def prune(
         )  # fmt: skip
     if not is_empty(out):
         raise in_the_way(out)
-    base = open_checkpoint(model)
+    base = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
     maker = Pruner(
         base, data=data, samples=samples, length=length, seed=seed, device=device,
         trust_remote_code=trust_remote_code, progress=progress,

@@ -7,12 +7,13 @@ from typing import Any
 
 import typer
 
-from bitnest.cli.options import Json, Quiet, Remote
+from bitnest.cli.options import Json, Lora, Quiet, Remote
 
 
 def command(
     model: str = typer.Argument(help="Model directory, hub id, or demo."),
     out: Path = typer.Option(..., "-o", "--out", help="Directory to write."),
+    lora: list[str] = Lora,
     experts: str = typer.Option(
         None, "--experts", help="Experts to keep in every layer: 75%, or how many."
     ),
@@ -58,7 +59,7 @@ def command(
 
     with Bars(quiet) as bars:
         result = api.prune(
-            model, out, experts=experts, blocks=blocks, score=score, fate=fate, align=align,
+            model, out, lora=lora, experts=experts, blocks=blocks, score=score, fate=fate, align=align,
             tune=tune, data=data, samples=samples, length=length, seed=seed,
             statistics=statistics, device=device, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,

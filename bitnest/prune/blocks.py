@@ -36,8 +36,9 @@ def least_blocks(
     total = len(skeleton.blocks)
     if not 0 < count <= total - 2:
         raise RecipeError(
-            f"{count} of {total} blocks", where="--blocks", hint=f"1 to {max(1, total - 2)} can go"
-        )
+            f"{count} of {total} blocks", where="--blocks",
+            hint=f"1 to {total - 2} can go" if total > 2 else "the model is too small to lose one",
+        )  # fmt: skip
     found = influences(skeleton, calibration, dtype=dtype, device=device, progress=progress)
     order = sorted(range(1, total), key=lambda block: (found[block], block))
     return tuple(sorted(order[:count])), found

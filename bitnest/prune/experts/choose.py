@@ -67,6 +67,12 @@ def reduce_layer(
             where=probe.name,
             hint=f"keep between {probe.top_k} and {probe.experts}",
         )
+    if keep % probe.groups or (probe.groups > 1 and fate == "merge"):
+        raise RecipeError(
+            f"the router chooses among {probe.groups} groups of experts",
+            where=probe.name,
+            hint=f"drop them, and keep a multiple of {probe.groups}",
+        )
     if fate == "merge":
         return _merged(probe, keep, align, ordinary)
     kept = ranked(probe, score, keep, fisher)
