@@ -59,8 +59,8 @@ def command(
 
     with Bars(quiet) as bars:
         result = api.prune(
-            model, out, lora=lora, experts=experts, blocks=blocks, score=score, fate=fate, align=align,
-            tune=tune, data=data, samples=samples, length=length, seed=seed,
+            model, out, lora=lora, experts=experts, blocks=blocks, score=score, fate=fate,
+            align=align, tune=tune, data=data, samples=samples, length=length, seed=seed,
             statistics=statistics, device=device, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
