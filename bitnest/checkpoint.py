@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from bitnest.safetensors_io import (
     read_range,
     read_tensor,
 )
+
+if TYPE_CHECKING:
+    from bitnest.sites import Site
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CONFIG_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -89,6 +92,9 @@ class Checkpoint:
     def origin(self) -> dict[str, Any]:
         """What a manifest says of this source besides its name, size and hash."""
         return {}
+
+    def check_sites(self, found: Sequence[Site]) -> None:
+        """Refuse sites that cannot be those of this source; a plain checkpoint takes all."""
 
     def scan(self, progress: Callable[[int], None] | None = None) -> str:
         """Read every tensor once: refuse NaN and infinity, return the sha256 of the weights.

@@ -23,13 +23,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitnest.checkpoint import FLOATS, all_finite
-from bitnest.errors import CheckpointError
+from bitnest.errors import CheckpointError, RecipeError
 from bitnest.safetensors_io import TensorInfo, read_header, read_tensor
 from bitnest.workdir import sha256_file
 
@@ -146,6 +146,45 @@ class Adapter:
         return default
 
 
+def parse_lora(text: str) -> tuple[Path, float]:
+    """PATH or PATH:scale.
+
+    Raises:
+        RecipeError: the scale is no finite number, or 0.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).expanduser().is_dir():
+        return Path(text), 1.0
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value == 0:
+        raise RecipeError(
+            f"'{scale}' is no scale", where=f"--lora {text}", hint=f"--lora {path}:0.5"
+        )
+    return Path(path), value
+
+
+def open_adapters(loras: Sequence[str]) -> list[tuple[Adapter, float]]:
+    """The adapters named by PATH or PATH:scale, with their scales.
+
+    Raises:
+        RecipeError: a scale that is none. CheckpointError: see `Adapter.open`.
+    """
+    asked = [parse_lora(str(text)) for text in loras]
+    return [(Adapter.open(path), scale) for path, scale in asked]
+
+
+def name_with(model: str, loras: Sequence[str]) -> str:
+    """What a model with adapters is called: `model+adapter+other-x0.5`."""
+    parts = [model]
+    for path, scale in (parse_lora(str(text)) for text in loras):
+        name = path.expanduser().resolve().name
+        parts.append(name if scale == 1 else f"{name}-x{scale:g}")
+    return "+".join(parts)
+
+
 def _weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise CheckpointError(
@@ -201,7 +240,7 @@ def _check_config(config: Mapping[str, Any], path: Path, residual_base: bool) ->
         raise CheckpointError(
             f"init_lora_weights is '{init}', which changed the base the adapter belongs to",
             where=where,
-            hint="name the changed base and add --residual-base, or convert the adapter with "
+            hint="bitnest merge CHANGED_BASE --residual-base, or convert the adapter with "
             "peft's path_initial_model_for_weight_conversion",
         )
     for key in ("r", "lora_alpha"):

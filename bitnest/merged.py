@@ -6,7 +6,7 @@ M_i(W) what adapter i alone makes of W, and c_i its scale,
     merged = W + sum_i c_i (M_i(W) - W)
 
 in float32, rounded once to the type of W. The sum is over products, never over factors: the mean
-of B_i A_i is not the mean of B_i times the mean of A_i.
+of B_i A_i is not the mean of B_i times the mean of A_i. `combining` has other ways than the sum.
 
 Adapters speak of modules as the model has them, the checkpoint of tensors as it has them. The
 skeleton maps one to the other; names of the checkpoint are understood as well, so adapters of
@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitnest.changes import Change, Factors, expert_slice
 from bitnest.checkpoint import Checkpoint, all_finite
+from bitnest.combining import LINEAR, Combine
 from bitnest.errors import CheckpointError
 from bitnest.lora import Adapter, LowRank
 from bitnest.safetensors_io import TensorInfo, read_tensor
@@ -34,90 +36,17 @@ from bitnest.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
-class Factors:
-    """A low-rank change of one matrix: left (out, r) times right (r, in), both views cut on demand.
-
-    a, b: where the factors lie. scaling: s. transposed: the matrix lies (in, out). experts: their
-    number if the factors hold them all. expert: this matrix's, None if the tensor holds all.
-    rows: of the output. swapped: A is on the output side, as old versions of peft trained experts.
-    magnitude: DoRA's. read: reads factors; those of a layer's experts are read many times over.
-    """
-
-    a: TensorInfo
-    b: TensorInfo
-    scaling: float
-    transposed: bool = False
-    experts: int | None = None
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-    swapped: bool = False
-    magnitude: TensorInfo | None = None
-    read: Callable[[TensorInfo], torch.Tensor] = field(default=read_tensor, compare=False)
-
-    def product(self, expert: int | None) -> torch.Tensor:
-        """s B A in float32, (out, in). expert: the place in a tensor of all."""
-        a, b = self.read(self.a), self.read(self.b)
-        if self.experts is not None:
-            place = self.expert if self.expert is not None else expert
-            assert place is not None
-            a = a.view(self.experts, -1, a.shape[1])[place]
-            b = b.view(b.shape[0], -1, self.experts)[:, :, place]
-        left, right = (a.T.float(), b.T.float()) if self.swapped else (b.float(), a.float())
-        if self.rows is not None:
-            left = left[self.rows[0] : self.rows[1]]
-        return (left @ right) * self.scaling
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one adapter does to one tensor of the checkpoint.
-
-    adapter: its number. scale: c. whole: the tensor it puts there instead. vector: what is added to
-    a bias, times its scaling. factors: the low-rank part.
-    """
-
-    adapter: int
-    scale: float
-    whole: TensorInfo | None = None
-    vector: tuple[TensorInfo, float] | None = None
-    factors: Factors | None = None
-
-    def delta(self, weight: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """M(W) - W for `weight` in float32. expert: its place in a tensor of all."""
-        change = torch.zeros_like(weight)
-        if self.whole is not None:
-            change += self.replacement(expert) - weight
-        if self.vector is not None:
-            change += read_tensor(self.vector[0]).float() * self.vector[1]
-        if self.factors is None:
-            return change
-        product = self.factors.product(expert)
-        change += product.T if self.factors.transposed else product
-        if self.factors.magnitude is None:
-            return change
-        found = weight + change
-        rows = found.T if self.factors.transposed else found
-        magnitude = read_tensor(self.factors.magnitude).float().view(-1, 1)
-        rows = rows * (magnitude / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-        return (rows.T if self.factors.transposed else rows) - weight
-
-    def replacement(self, expert: int | None = None) -> torch.Tensor:
-        """The tensor put there, in float32."""
-        assert self.whole is not None
-        info = self.whole if expert is None else expert_slice(self.whole, expert)
-        return read_tensor(info).float()
-
-
-@dataclass(frozen=True)
 class MergedCheckpoint(Checkpoint):
     """A checkpoint read with adapters merged in.
 
-    base: what they are merged into. adapters: with their scales. changes: by tensor.
+    base: what they are merged into. adapters: with their scales. changes: by tensor. combine: how
+    several become one.
     """
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
     changes: Mapping[str, tuple[Change, ...]]
+    combine: Combine = field(default_factory=Combine)
 
     @classmethod
     def of(
@@ -125,6 +54,7 @@ class MergedCheckpoint(Checkpoint):
         base: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         *,
+        combine: Combine | None = None,
         trust_remote_code: bool = False,
     ) -> MergedCheckpoint:
         """`base` with `adapters` (each with its scale) merged in.
@@ -139,7 +69,9 @@ class MergedCheckpoint(Checkpoint):
             for name, change in places.changes(number, adapter, scale).items():
                 changes.setdefault(name, []).append(change)
         fixed = {name: tuple(own) for name, own in changes.items()}
-        return cls(base.path, base.config, base.tensors, base, tuple(adapters), fixed)
+        return cls(
+            base.path, base.config, base.tensors, base, tuple(adapters), fixed, combine or Combine()
+        )
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]  # a cached property there
@@ -172,21 +104,37 @@ class MergedCheckpoint(Checkpoint):
     def _merge(self, name: str, tensor: torch.Tensor, expert: int | None) -> torch.Tensor:
         """In float32."""
         weight, own = tensor.float(), self.changes[name]
-        only = own[0]
-        if len(own) == 1 and only.scale == 1.0 and only.whole is not None and not only.factors:
+        only, linear = own[0], self.combine.method == LINEAR
+        if (
+            linear
+            and len(own) == 1
+            and only.scale == 1.0
+            and only.whole is not None
+            and not only.factors
+        ):
             return only.replacement(expert)  # to the bit
-        return weight + sum(change.scale * change.delta(weight, expert) for change in own)
+        if linear:  # one change in memory at a time
+            return weight + sum(change.scale * change.delta(weight, expert) for change in own)
+        deltas = [change.delta(weight, expert) for change in own]
+        where = name if expert is None else f"{name}.{expert}"
+        return weight + self.combine.change(deltas, [change.scale for change in own], where)
 
     def scan(self, progress: Callable[[int], None] | None = None) -> str:
         """Scan the base; the sha256 of its hash, the adapters' and their scales."""
         digest = hashlib.sha256(f"merged:{self.base.scan(progress)};".encode())
         for adapter, scale in self.adapters:
             digest.update(f"{adapter.sha256}:{scale!r};".encode())
+        if self.combine.method != LINEAR:
+            digest.update(f"{self.combine!r};".encode())
         return digest.hexdigest()
 
     def origin(self) -> dict[str, Any]:
         """What a manifest says of this source besides its name, size and hash."""
-        return {**self.base.origin(), "merged": self.merged()}
+        return {**self.base.origin(), "merged": self.merged(), **self.combine.to_json()}
+
+    def check_sites(self, found: Sequence[Site]) -> None:
+        """The base's; merging moves nothing."""
+        self.base.check_sites(found)
 
     def merged(self) -> list[dict[str, Any]]:
         """The adapters, for a record."""
@@ -199,13 +147,6 @@ class MergedCheckpoint(Checkpoint):
             }
             for i, (adapter, scale) in enumerate(self.adapters)
         ]  # fmt: skip
-
-
-def expert_slice(info: TensorInfo, expert: int) -> TensorInfo:
-    """Where one expert of a tensor (E, ., .) lies."""
-    size = info.nbytes // info.shape[0]
-    start = info.start + expert * size
-    return replace(info, shape=info.shape[1:], start=start, stop=start + size)
 
 
 class _Places:

@@ -45,7 +45,7 @@ KEYS: dict[str, type] = {
     "asked": dict, "expected": dict, "digest": str, "rules": list,
 }  # fmt: skip
 POLICIES = (
-    "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe",
+    "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe", "lpvit",
 )  # fmt: skip
 ASKED = ("bits", "size", "kl", "max_kl", "min_agreement", "context", "nested", "base_size")
 HEAD = """\

@@ -15,11 +15,13 @@ from typing import Any
 
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
+from bitnest.formats.names import sparse_name
 from bitnest.patterns import Names
 from bitnest.sites import UNNAMED_DENSE, Site
 
 METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
+PRUNERS = ("sparsegpt", "wanda", "magnitude")  # how sparse formats choose (`prune/`)
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
 DEFAULT_SAMPLES = 64
@@ -59,7 +61,7 @@ class Recipe:
     an expert's H leans on its layer's inputs; None: as many as the expert has input channels.
     clip: search the clipping ratio of every scale. seed: of the choice of calibration windows.
     width_weights: (width, how much its error counts) in nested codes of kind nest and mat, 1 for
-    others.
+    others. prune: how sparse formats choose what stays (`prune/solution.py`).
     """
 
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
@@ -71,6 +73,7 @@ class Recipe:
     clip: bool = True
     seed: int = 0
     width_weights: tuple[tuple[int, float], ...] = ()
+    prune: str = PRUNERS[0]
 
     def __post_init__(self) -> None:
         parse_format(self.format)
@@ -82,6 +85,10 @@ class Recipe:
             raise RecipeError(
                 f"unknown expert weighting '{self.weighting}'",
                 hint="one of " + ", ".join(WEIGHTINGS),
+            )
+        if self.prune not in PRUNERS:
+            raise RecipeError(
+                f"unknown method of pruning '{self.prune}'", hint="one of " + ", ".join(PRUNERS)
             )
         if self.min_tokens is not None and self.min_tokens < 1:
             raise RecipeError(
@@ -143,6 +150,8 @@ class Recipe:
         values = {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
         if not self.width_weights:
             del values["width_weights"]
+        if self.prune == PRUNERS[0]:  # so that runs from before there was a choice resume
+            del values["prune"]
         return values
 
 
@@ -182,6 +191,10 @@ def resolved(
         fit["min_tokens"] = recipe.min_tokens
     if recipe.width_weights:
         fit["width_weights"] = [f"{width}={weight:g}" for width, weight in recipe.width_weights]
+    named = [recipe.format, *(rule.format for rule in recipe.rules)]
+    named += [(dial or {}).get("format", ""), *(planning or {}).get("candidates", ())]
+    if recipe.prune != PRUNERS[0] or any("%" in name for name in named):
+        fit["prune"] = recipe.prune
     data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
     return {
         **({"format": recipe.format} if dial is None else dial),
@@ -193,14 +206,20 @@ def resolved(
     }
 
 
-def default_format(bits: float | None, fmt: str | None, group: int | None) -> str:
-    """The format name that --bits, --format and --group ask for together.
+def default_format(
+    bits: float | None, fmt: str | None, group: int | None, sparsity: str | None = None
+) -> str:
+    """The format name that --bits, --format, --group and --sparsity ask for together.
 
-    bits: a whole number; a float because that is how the command line reads it.
+    bits: a whole number; a float because that is how the command line reads it. sparsity: see
+    `sparse_name`; of 16-bit weights if nothing else is said.
 
     Raises:
         RecipeError, FormatError: contradictory or impossible.
     """
+    if sparsity is not None:
+        dense = fmt is None and bits is None and group is None
+        return sparse_name("dense" if dense else default_format(bits, fmt, group), sparsity)
     if fmt is not None:
         if bits is not None or group is not None:
             raise RecipeError(

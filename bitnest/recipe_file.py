@@ -10,9 +10,11 @@
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}
+                                   prune: sparsegpt, wanda or magnitude in sparse formats;
                                    width_weights: [3=4] where weights are nested
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
+    lora: [code-adapter:0.5]       merged in first
 
 Every key may be left out. Options given on the command line win over it; a dial given there puts
 aside the recipe's with all that belongs to it (`left_behind`). Errors name the line.
@@ -158,6 +160,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
         "weighting": ("weighting", _fits("weighting", _word)),
         "min_tokens": ("min_tokens", _fits("min_tokens", _whole)), "clip": ("clip", _flag),
         "width_weights": ("width_weights", _width_weight),
+        "prune": ("prune", _fits("prune", _word)),
     },
     "data": {
         "texts": ("data", _word), "samples": ("samples", _from(1)), "length": ("length", _from(2)),
@@ -168,9 +171,9 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "target": ("target", _one_of(TARGETS)), "policy": ("policy", _one_of(POLICIES)),
     "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
     "format": ("format", _format), "check": ("check", _word),
-    "nested": ("nested", _widths), "base_size": ("base_size", _size),
+    "lora": ("lora", _word), "nested": ("nested", _widths), "base_size": ("base_size", _size),
 }  # fmt: skip
-LISTS = {"candidates", "check", "data.texts", "fit.width_weights"}  # of such values
+LISTS = {"candidates", "lora", "check", "data.texts", "fit.width_weights"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
 LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to

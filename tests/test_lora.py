@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from bitnest import api
@@ -20,40 +19,13 @@ from bitnest.errors import ArtifactError, BitnestError, CheckpointError, RecipeE
 from bitnest.lora import Adapter
 from bitnest.merged import MergedCheckpoint
 from bitnest.workdir import partial_directory
+from tests.adapters import Q, adapter, float32, noise, pair, product
 from tests.tiny import Builder
 
-PREFIX = "base_model.model."
-Q = "model.layers.0.self_attn.q_proj"
 FUSED = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "target_modules": ["q_proj"],
 }
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
-
-
-def adapter(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    """An adapter directory of `tensors` by their names in the model."""
-    path.mkdir(parents=True, exist_ok=True)
-    own = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
-    (path / "adapter_config.json").write_text(json.dumps(own))
-    save_file({PREFIX + k: v.contiguous() for k, v in tensors.items()},
-              path / "adapter_model.safetensors")  # fmt: skip
-    return path
-
-
-def pair(module: str, out: int, inner: int, rank: int = 4, seed: int = 0) -> dict[str, Any]:
-    return {
-        f"{module}.lora_A.weight": noise(rank, inner, seed=seed),
-        f"{module}.lora_B.weight": noise(out, rank, seed=seed + 1),
-    }
-
-
-def product(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
-    a, b = (tensors[f"{module}.lora_{x}.weight"].double() for x in "AB")
-    return b @ a
 
 
 def merged(base: Path, *adapters: tuple[Path, float]) -> MergedCheckpoint:
@@ -64,19 +36,7 @@ def merged(base: Path, *adapters: tuple[Path, float]) -> MergedCheckpoint:
 @pytest.fixture
 def llama(tiny: Builder) -> Path:
     """A float32 dense model, so that 1e-5 says something."""
-    return _float32(tiny, "llama")
-
-
-def _float32(tiny: Builder, family: str) -> Path:
-    """The family's checkpoint with the same values in float32."""
-    source, path = tiny(family), tiny.root / f"{family}-f32"
-    if not path.exists():
-        shutil.copytree(source, path)
-        for file in path.glob("*.safetensors"):
-            save_file({k: v.float() for k, v in load_file(file).items()}, file, {"format": "pt"})
-        config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return path
+    return float32(tiny, "llama")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +64,7 @@ def test_merged_weights_are_pefts_own(
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    base = _float32(tiny, family)
+    base = float32(tiny, family)
     model = AutoModelForCausalLM.from_pretrained(base)
     trained = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, **options))
     torch.manual_seed(1)
@@ -156,7 +116,7 @@ def test_experts_by_their_names_on_disk(tiny: Builder, tmp_path: Path, family: s
     experts = "block_sparse_moe.experts" if family == "mixtral" else "mlp.experts"
     last = "w2" if family == "mixtral" else "down_proj"
     path = [f"model.layers.1.{experts}.{e}.{last}" for e in range(2)]
-    base = Checkpoint.open(_float32(tiny, family))
+    base = Checkpoint.open(float32(tiny, family))
     own = pair(path[0], 64, 40)
     (tmp_path / "whole").mkdir()
     new = noise(64, 40, seed=3)
@@ -173,7 +133,7 @@ def test_experts_by_their_names_on_disk(tiny: Builder, tmp_path: Path, family: s
 def test_fused_experts_of_old_peft_have_a_on_the_output_side(
     tiny: Builder, tmp_path: Path, param: str, version: str | None
 ) -> None:
-    base = Checkpoint.open(_float32(tiny, "qwen3_moe"))
+    base = Checkpoint.open(float32(tiny, "qwen3_moe"))
     module = "model.layers.0.mlp.experts"
     out, inner = (64, 40) if param == "down_proj" else (80, 64)
     own = {f"{module}.lora_A.weight": noise(16, out), f"{module}.lora_B.weight": noise(inner, 16)}
@@ -213,7 +173,7 @@ def test_square_experts_are_merged_only_if_the_version_is_known(
 
 
 def test_whole_fused_experts_go_to_their_places(tiny: Builder, tmp_path: Path) -> None:
-    base = Checkpoint.open(_float32(tiny, "qwen3_moe"))
+    base = Checkpoint.open(float32(tiny, "qwen3_moe"))
     module, new = "model.layers.0.mlp.experts", noise(4, 80, 64)
     found = merged(base.path, (adapter(tmp_path / "a", {f"{module}.gate_up_proj": new}), 1.0))
     assert torch.equal(found.read(f"{module}.2.gate_proj.weight"), new[2, :40])

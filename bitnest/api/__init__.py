@@ -26,6 +26,7 @@ from bitnest.api.planning import (
     plan,
     preflight,
 )
+from bitnest.api.pruning import PruneResult, prune
 from bitnest.api.result import CompressResult, Group, summarise
 from bitnest.api.texts import (
     calibration_set,
@@ -42,7 +43,7 @@ from bitnest.export.slicing import slice_artifact
 from bitnest.formats import fates_apart
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
-from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, Recipe
+from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, PRUNERS, Recipe
 from bitnest.statistics import is_statistics
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ if TYPE_CHECKING:
     from bitnest.statistics import Statistics
 
 __all__ = [
-    "CompressResult", "Group", "MergeResult", "analyze", "check_plan", "compare_formats",
-    "compare_policies", "compress", "constraint_cost", "evaluate", "export", "fit_widths",
-    "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics", "plan",
-    "preflight", "pull", "slice_artifact", "summarise", "write_report",
+    "CompressResult", "Group", "MergeResult", "PruneResult", "analyze", "check_plan",
+    "compare_formats", "compare_policies", "compress", "constraint_cost", "evaluate", "export",
+    "fit_widths", "frontier", "inspect", "load", "load_tokenizer", "merge", "merge_statistics",
+    "plan", "preflight", "prune", "pull", "slice_artifact", "summarise", "write_report",
 ]  # fmt: skip
 
 CANDIDATES = tuple(f"int{bits}-g128" for bits in range(2, 9))
@@ -147,6 +148,7 @@ def analyze(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     data: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
@@ -163,6 +165,7 @@ def analyze(
     damp: float = 0.03,
     min_tokens: int | None = None,
     clip: bool = True,
+    prune: str = PRUNERS[0],
     cover: str | None = None,
     cover_limit: int = 64,
     reuse: str | Path | None = None,
@@ -176,15 +179,16 @@ def analyze(
 ) -> Statistics:
     """Measure how `model` is used and how sensitive it is, into the directory `out`.
 
+    lora: adapters, PATH or PATH:scale, merged in first; the statistics are of the merged model.
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
-    and loss are measured at every site, with `method`; `drop`, `constant`, `copy` and `merge`
-    among them are fates of experts. importance, fisher_windows, probes,
-    probe_windows, hessian, keep_hessians: see `calibrate.analyze.Analysis`; without importance
-    there is nothing to calibrate, and no probe is measured. cover: `data` or `self`
-    adds up to cover_limit windows until every expert has min_tokens. reuse: a directory of
-    statistics with Hessians to which only `formats` are added, without running the model; options
-    of the measurement are then its own. The rest as in `compress`. Besides the statistics,
-    report.json and report.html are written.
+    and loss are measured at every site, with `method`, and `prune` where they are sparse;
+    `drop`, `constant`, `copy` and `merge` among them are fates of experts.
+    importance, fisher_windows, probes, probe_windows, hessian, keep_hessians: see
+    `calibrate.analyze.Analysis`; without importance there is nothing to calibrate, and no probe is
+    measured. cover: `data` or `self` adds up to cover_limit windows until every expert has
+    min_tokens. reuse: a directory of statistics with Hessians to which only `formats` are added,
+    without running the model; options of the measurement are then its own. The rest as in
+    `compress`. Besides the statistics, report.json and report.html are written.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -204,9 +208,10 @@ def analyze(
         probe_windows, hessian, keep_hessians, fates,
     )  # fmt: skip
     recipe = Recipe(
-        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed
-    )
-    checkpoint = open_checkpoint(model)
+        method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
+        prune=prune,
+    )  # fmt: skip
+    checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
     job = prepare(
         checkpoint,
         recipe,

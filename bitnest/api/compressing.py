@@ -37,6 +37,7 @@ from bitnest.recipe import (
     DEFAULT_BITS,
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
+    PRUNERS,
     Recipe,
     Rule,
     default_format,
@@ -49,6 +50,7 @@ from bitnest.workdir import in_the_way, is_empty
 if TYPE_CHECKING:
     from bitnest.plan import Plan
     from bitnest.progress import Progress
+    from bitnest.quantize.advice import Advice
     from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
@@ -62,6 +64,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
+    lora: Sequence[str] = (),
     bits: float | None = None,
     size: int | None = None,
     max_kl: float | None = None,
@@ -69,6 +72,7 @@ def compress(
     context: int = 0,
     format: str | None = None,
     group: int | None = None,
+    sparsity: str | None = None,
     nested: str | None = None,
     base_size: int | None = None,
     plan: str | Path | Plan | None = None,
@@ -88,6 +92,7 @@ def compress(
     min_tokens: int | None = None,
     clip: bool = True,
     width_weights: Sequence[str] = (),
+    prune: str = PRUNERS[0],
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
@@ -97,25 +102,29 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     announce: Callable[[Planned | None, Preflight], None] | None = None,
+    advise: Callable[[Advice], None] | None = None,
 ) -> CompressResult:
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
     artifact is read at its widest width, whose own error is added.
 
-    bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is said. format or
-    group: one format for all instead. nested: widths that the artifact is to be read at, `2-8`;
-    with a budget every weight ends at the width that this pays for, and with base_size, the bytes
-    that all weights may take when memory is least, begins at the one that this does. plan: a plan
-    to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts that
-    max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
+    lora: adapters, PATH or PATH:scale, merged in before anything is measured; the artifact is of
+    the merged model. bits, size, max_kl, min_agreement, context: see `Dials`; 4 bits if nothing is
+    said. format or group: one format for all instead. sparsity: `50%`, `2:4` or `b16x16-50` of that
+    format, of 16-bit weights if there is none. nested: widths that the artifact is to be read at,
+    `2-8`; with a budget every weight ends at the width that this pays for, and with base_size, the
+    bytes that all weights may take when memory is least, begins at the one that this does. plan: a
+    plan to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts
+    that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
     overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
-    the embedded text. rtn reads no text unless a format is fitted to inputs.
-    samples, length: calibration windows and their tokens. weighting, damp, min_tokens, clip, seed:
-    see `Recipe`. width_weights: `3=4`, see there too. memory: bytes the process may use. compute:
+    the embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
+    calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
+    width_weights: `3=4`, see there too; so is prune. memory: bytes the process may use. compute:
     type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory that
     `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
     without one looks there for those it was made of. fresh: forget an unfinished run instead of
     resuming it. announce: called with the plan, where one was made, and what it will take, before
-    it is carried out.
+    it is carried out. advise: called early on if integers of no more bytes turn out to lose less
+    than a sparse format that was asked for; it is in the result, too.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -136,6 +145,12 @@ def compress(
         group = None
         if not dials.given and base_size is None and nesting is not None:
             format = nesting.uniform  # for all, and statistics for whoever loads it
+    if sparsity is not None:
+        if dials.given or nesting is not None or plan is not None:
+            raise RecipeError("--sparsity is that of one format for all",
+                              hint="--format int4-g128 --sparsity 50%; a plan chooses among "
+                              "--candidate int4-g128%50 and others")  # fmt: skip
+        format, group = default_format(None, format, group, sparsity), None
     _check_ways(dials, format, group, plan)
     extras = {
         "--target": target != "native", "--candidate": bool(candidates), "--exact": exact,
@@ -145,31 +160,34 @@ def compress(
     recipe = Recipe(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
-        width_weights=tuple(map(parse_width_weight, width_weights)),
+        width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
     )  # fmt: skip
     maker = Maker(
-        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress
-    )
+        model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress,
+        advise, lora,
+    )  # fmt: skip
     plain = not any(extras.values())
     uniform = _uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
-    place = Path(statistics or default_statistics(model))
+    place = Path(statistics or default_statistics(model, lora))
     if uniform is None and plan is None:
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
-        open_checkpoint(model), recipe, trust_remote_code=trust_remote_code, device=device,
-        memory=memory, compute=compute,
+        open_checkpoint(model, lora, trust_remote_code=trust_remote_code), recipe,
+        trust_remote_code=trust_remote_code, device=device, memory=memory, compute=compute,
     )  # fmt: skip
     measuring: dict[str, Any] = {
-        "data": data, "samples": samples, "length": length, "method": method,
+        "lora": lora, "data": data, "samples": samples, "length": length, "method": method,
         "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,
-        "memory": memory, "device": device, "compute": compute,
+        "memory": memory, "device": device, "compute": compute, "prune": prune,
         "trust_remote_code": trust_remote_code, "progress": progress,
     }  # fmt: skip
     if plan is None:
         check_weights(recipe, nesting, job)
+    if uniform is not None or plan is not None:
+        check_prune(recipe, [*(f.name for f in job.formats.values()), *plan_formats(plan)])
     given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
     before: list[Preflight] = []
 
@@ -197,7 +215,7 @@ def compress(
             asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
             done = maker.planned(
                 replace(job, asked=asked), opened, rules,
-                statistics or plan_statistics(opened, model),
+                statistics or plan_statistics(opened, model, lora),
                 ready=ready, named=statistics is not None,
             )  # fmt: skip
         return replace(done, forecast=before[0].to_json(), peak_memory=peak_resident())
@@ -223,6 +241,8 @@ def compress(
     if nesting is None:
         job = replace(job, asked={**asked, "candidates": list(planner.formats)})
     planner.job = job
+    planner.predictor.statistics.check_prune(prune, planner.formats)
+    check_prune(recipe, [*planner.formats, *(f.name for f in job.formats.values())])
     found = first_plan(planner, dials, policy)
     forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                         length=length, out=maker.out)  # fmt: skip
@@ -277,9 +297,25 @@ def reduced(job: Job, statistics: str | Path | None) -> Job:
     return reduce_job(job, means)
 
 
-def plan_statistics(plan: Plan, model: str | Path) -> Path | None:
+def check_prune(recipe: Recipe, formats: Sequence[str]) -> None:
+    """Refuse to be told how to prune where nothing is pruned.
+
+    Raises:
+        RecipeError: no format is sparse.
+    """
+    if recipe.prune != PRUNERS[0] and not any("%" in name for name in formats):
+        raise RecipeError(f"nothing is sparse: --prune {recipe.prune} says nothing",
+                          hint="--sparsity 50%, or --format int4-g128%2:4")  # fmt: skip
+
+
+def plan_formats(plan: str | Path | Plan | None) -> list[str]:
+    """Formats that a plan names."""
+    return [] if plan is None else [rule.format for rule in _opened(plan).rules]
+
+
+def plan_statistics(plan: Plan, model: str | Path, lora: Sequence[str] = ()) -> Path | None:
     """Where statistics are looked for, if those that the plan was made of are there."""
-    place = default_statistics(model)
+    place = default_statistics(model, lora)
     if plan.source is None or not is_statistics(place):
         return None
     return place if Statistics.open(place).header["source"]["sha256"] == plan.source else None
@@ -437,7 +473,10 @@ class Maker:
         fresh: bool,
         trust_remote_code: bool,
         progress: Progress | None,
+        advise: Callable[[Advice], None] | None = None,
+        lora: Sequence[str] = (),
     ) -> None:
+        self.advise, self.lora = advise, lora
         self.model, self.out, self.data = model, out, data
         self.samples, self.length, self.fresh = samples, length, fresh
         self.trust, self.progress = trust_remote_code, progress
@@ -485,7 +524,9 @@ class Maker:
             from bitnest.calibrate.expect import expect
 
             try:
-                job = with_expectation(job, expect(statistics, job.formats, job.recipe.method))
+                recipe = job.recipe
+                found = expect(statistics, job.formats, recipe.method, recipe.prune)
+                job = with_expectation(job, found)
             except StatisticsError as error:
                 if named:
                     raise
@@ -494,8 +535,19 @@ class Maker:
         job = self.calibrated(job, statistics)
         if ready is not None:
             ready(job)
-        artifact, seconds = run(job, out or self.out, fresh=self.fresh, progress=self.progress)
-        return summarise(artifact, seconds)
+        said: list[Advice] = []
+
+        def advise(advice: Advice) -> None:
+            said.append(advice)
+            if self.advise is not None:
+                self.advise(advice)
+
+        artifact, seconds = run(
+            job, out or self.out, fresh=self.fresh, progress=self.progress,
+            advise=advise if job.plan is None else None,  # a plan had the choice
+        )  # fmt: skip
+        advice = tuple(item.to_json() for item in said)
+        return replace(summarise(artifact, seconds), advice=advice)
 
     def calibrated(self, job: Job, statistics: str | Path | None, *, force: bool = False) -> Job:
         """The job with its calibration text, if it needs any. force: it will, once it is

@@ -225,19 +225,20 @@ def _requantise(
     made, _ = run(job, temporary, progress=progress)
     result = export_compressed_tensors(made.path, out, engine=engine, verify=verify)
     recipe, bits = job.recipe, job.checkpoint.bits
+    assert bits is not None  # only `whole` has none
     errors = _errors(summarise(made).groups)
     return replace(
         result, requantised=Requantised(bits, recipe.format, recipe.method, errors),
-        notes=(*_width_notes(job.checkpoint, recipe), *result.notes),
+        notes=(*_width_notes(job.checkpoint, bits, recipe), *result.notes),
     )  # fmt: skip
 
 
-def _width_notes(checkpoint: DecodedCheckpoint, recipe: Recipe) -> list[str]:
+def _width_notes(checkpoint: DecodedCheckpoint, bits: int, recipe: Recipe) -> list[str]:
     notes = []
     if beyond := sorted(checkpoint.artifact.absent):
-        notes.append(f"decoded at {checkpoint.bits} bits: {beyond[0]} is not there, or not whole")
-    if parse_format(recipe.format).bits > checkpoint.bits:
-        notes.append(f"{recipe.format} is wider than the {checkpoint.bits} bits it was made from")
+        notes.append(f"decoded at {bits} bits: {beyond[0]} is not there, or not whole")
+    if parse_format(recipe.format).bits > bits:
+        notes.append(f"{recipe.format} is wider than the {bits} bits it was made from")
     return notes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ def load(
     *,
     bits: int | Mapping[str, int] | None = None,
     size: int | str | None = None,
+    lora: Sequence[str] = (),
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -32,8 +33,9 @@ def load(
 
     bits: width at which nested weights are read, for all or by site or pattern
     (`{"kind:attention": 8, "*.experts.*": 3}`); only their planes are. size: bytes, or `2GiB`,
-    that all weights may take instead: `fit_widths` chooses. None of both: whole. dtype: compute
-    type of what is not packed, and of what packed weights decode to. A model from an artifact has
+    that all weights may take instead: `fit_widths` chooses. None of both: whole. lora: adapters,
+    PATH or PATH:scale, kept beside packed weights and merged into others. dtype: compute type of
+    what is not packed, and of what packed weights decode to. A model from an artifact has
     `set_bits`, which raises or lowers it in place.
 
     Raises:
@@ -45,8 +47,9 @@ def load(
             raise RecipeError("bits and size both say what is read", hint="leave out one")
         bits = fit_widths(model, size).widths
     return load_model(
-        model, dtype=dtype, device=device, bits=bits, trust_remote_code=trust_remote_code
-    )
+        model, dtype=dtype, device=device, bits=bits, lora=lora,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def fit_widths(artifact: str | Path, size: int | str) -> Fitted:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from bitnest.api.writing import write_checkpoint
 from bitnest.averaging import run_weights
 from bitnest.checkpoint import Checkpoint
+from bitnest.combining import LINEAR, Combine
 from bitnest.errors import RecipeError
-from bitnest.lora import Adapter
+from bitnest.lora import Adapter, parse_lora
 from bitnest.merged import MergedCheckpoint
 from bitnest.progress import Progress
 
@@ -49,6 +49,9 @@ def merge(
     *,
     weights_from: str | None = None,
     penalty: float = 1.0,
+    combine: str = LINEAR,
+    density: float | None = None,
+    seed: int | None = None,
     residual_base: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
@@ -56,18 +59,22 @@ def merge(
 ) -> MergeResult:
     """Write `model` with `loras` merged in into the directory `out`.
 
-    loras: adapter directories, each with `:scale` behind it or 1. weights_from:
-    loss or step: the adapters are checkpoints of one run, averaged by that metric with `penalty`
-    (see `bitnest.averaging`) and without scales. residual_base: `model` is the
-    base that PiSSA's or its like's init left behind. fresh: discard an unfinished run.
+    loras: adapter directories, each with `:scale` behind it or 1. weights_from: loss or step: the
+    adapters are checkpoints of one run, averaged by that metric with `penalty` (see
+    `bitnest.averaging`) and without scales. combine, density, seed: linear, ties, dare_linear or
+    dare_ties, the share of numbers these keep (0.5), and of the random ones (0); see
+    `bitnest.combining`. residual_base: `model` is the base that PiSSA's or its like's init left
+    behind. fresh: discard an unfinished run.
 
     Raises:
-        RecipeError: no adapter, or a scale that is no number.
+        RecipeError: no adapter, a scale that is no number, an unknown way to combine.
+        MissingExtra: a way to combine that needs peft.
         CheckpointError, UnsupportedModel: one cannot be read, or they do not match.
         ArtifactError: something is in the way, or the disk is full.
     """
     if not loras:
         raise RecipeError("nothing to merge", hint="--lora DIRECTORY, or DIRECTORY:0.5")
+    way = _combine(combine, density, seed)
     out = Path(out).absolute()
     base = Checkpoint.open(model)
     asked = [parse_lora(text) for text in loras]
@@ -78,10 +85,10 @@ def merge(
         paths = [path for path, _ in asked]
         asked = list(zip(paths, run_weights(paths, weights_from, penalty), strict=True))
     adapters = [(Adapter.open(path, residual_base=residual_base), scale) for path, scale in asked]
-    merged = MergedCheckpoint.of(base, adapters, trust_remote_code=trust_remote_code)
+    merged = MergedCheckpoint.of(base, adapters, combine=way, trust_remote_code=trust_remote_code)
 
     def content() -> dict[str, Any]:
-        return {"base": base.scan(), "adapters": merged.merged()}
+        return {"base": base.scan(), "adapters": merged.merged(), **way.to_json()}
 
     digest = write_checkpoint(merged, out, record=(RECORD, content), fresh=fresh, progress=progress)
     return MergeResult(
@@ -89,21 +96,9 @@ def merge(
     )
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """PATH or PATH:scale.
-
-    Raises:
-        RecipeError: the scale is no finite number.
-    """
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).is_dir():
-        return Path(text), 1.0
-    try:
-        value = float(scale)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value == 0:
-        raise RecipeError(
-            f"'{scale}' is no scale", where=f"--lora {text}", hint=f"--lora {path}:0.5"
-        )
-    return Path(path), value
+def _combine(method: str, density: float | None, seed: int | None) -> Combine:
+    if method == LINEAR and density is not None:
+        raise RecipeError("--density is for ties and dare", hint="--combine ties")
+    if not method.startswith("dare") and seed is not None:
+        raise RecipeError("--seed is for dare, which draws at random", hint="--combine dare_ties")
+    return Combine(method, 0.5 if density is None else density, seed or 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bitnest.checkpoint import resolve_model
 from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
 from bitnest.kinds import ENDS
+from bitnest.lora import name_with
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.recipe import Recipe, Rule
 
@@ -105,6 +106,7 @@ class Dials:
 def plan(
     model: str | Path,
     *,
+    lora: Sequence[str] = (),
     statistics: str | Path | None = None,
     bits: float | None = None,
     size: int | None = None,
@@ -128,14 +130,15 @@ def plan(
 ) -> Planned:
     """The plan for `model` under a budget; see `Dials` for bits ... context, 4 bits if none.
 
-    statistics: directory that `analyze` wrote; without it `<model>-statistics` in this directory,
-    measured now if it is not there, with `analysis` (data, samples, length, ...). target: the
-    engine that is to load the result. policy: `bitnest` or one it is compared with. rules:
-    PATTERN=FORMAT that no plan overrules. candidates: formats to choose among, of those measured.
-    ends: plan embedding and head too; None: with a size or KL. weights: of the texts. latency:
-    seconds per weight by format, for policy mxmoe. exact: prove the optimum. nested: widths, `2-8`,
-    that weights can be read at; each gets its narrowest by base_size, the bytes all weights may
-    take when memory is least, and its widest by the budget. group: of nested weights.
+    lora: adapters, PATH or PATH:scale, that are merged into the model first. statistics: directory
+    that `analyze` wrote of this; without it `<model>-statistics` in this directory, measured now if
+    it is not there, with `analysis` (data, samples, length, ...). target: the engine that is to
+    load the result. policy: `bitnest` or one it is compared with. rules: PATTERN=FORMAT that no
+    plan overrules. candidates: formats to choose among, of those measured. ends: plan embedding and
+    head too; None: with a size or KL. weights: of the texts. latency: seconds per weight by format,
+    for policy mxmoe. exact: prove the optimum. nested: widths, `2-8`, that weights can be read at;
+    each gets its narrowest by base_size, the bytes all weights may take when memory is least, and
+    its widest by the budget. group: of nested weights.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -146,7 +149,7 @@ def plan(
     if not dials.given:
         dials = Dials(bits=float(nesting.widths[-1]) if nesting else 4.0, context=context)
     planner = open_planner(
-        model, statistics, target=target, rules=rules, candidates=candidates, ends=ends,
+        model, statistics, lora=lora, target=target, rules=rules, candidates=candidates, ends=ends,
         weights=weights, latency=latency, exact=exact, trust_remote_code=trust_remote_code,
         progress=progress, budget=dials.budget(), nesting=nesting, **analysis,
     )  # fmt: skip
@@ -205,6 +208,7 @@ def open_planner(
     model: str | Path,
     statistics: str | Path | None = None,
     *,
+    lora: Sequence[str] = (),
     target: str = "native",
     rules: Sequence[str] = (),
     candidates: Sequence[str] = (),
@@ -239,12 +243,15 @@ def open_planner(
 
     if job is None:
         recipe = Recipe(format="dense", rules=tuple(Rule.parse(rule) for rule in rules))
-        job = prepare(open_checkpoint(model), recipe, trust_remote_code=trust_remote_code)
+        checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
+        job = prepare(checkpoint, recipe, trust_remote_code=trust_remote_code)
     goal = open_target(target, job.checkpoint.config)
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
     if checked:
-        check_source(job, model, statistics, progress)
-    measured = _measured(model, statistics)
+        check_source(job, model, statistics, progress, lora=lora)
+    measured = _measured(model, statistics, lora)
+    if measured is not None:
+        check_merged(job, measured)
     if measured is not None:
         ruled_formats = [
             name for name in fates_apart(_ruled(job))[0] if not widths_of(name)
@@ -265,7 +272,7 @@ def open_planner(
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     named = (*named, *default_fates(job, named, candidates, goal.name, nesting))
     found = ensure_statistics(
-        model, statistics, formats=named, progress=progress,
+        model, statistics, lora=lora, formats=named, progress=progress,
         trust_remote_code=trust_remote_code, **analysis,
     )  # fmt: skip
     return Planner(
@@ -299,7 +306,12 @@ def default_fates(
 
 
 def check_source(
-    job: Job, model: str | Path, statistics: str | Path | None, progress: Progress | None
+    job: Job,
+    model: str | Path,
+    statistics: str | Path | None,
+    progress: Progress | None,
+    *,
+    lora: Sequence[str] = (),
 ) -> None:
     """Refuse statistics of other weights, before anything is planned with them.
 
@@ -309,9 +321,10 @@ def check_source(
     from bitnest.progress import Silent
     from bitnest.statistics import Statistics, is_statistics
 
-    place = default_statistics(model) if statistics is None else Path(statistics)
+    place = default_statistics(model, lora) if statistics is None else Path(statistics)
     if not is_statistics(place):
         return
+    check_merged(job, Statistics.open(place))
     watch = progress or Silent()
     watch.phase("checking weights", job.checkpoint.nbytes)
     if job.checkpoint.scan(watch.step) != Statistics.open(place).header["source"]["sha256"]:
@@ -319,6 +332,28 @@ def check_source(
             "the statistics are of another model: its weights differ",
             where=str(place),
             hint=f"bitnest analyze {model} -o DIR, and --statistics DIR",
+        )
+
+
+def check_merged(job: Job, statistics: Statistics) -> None:
+    """Refuse statistics of the model with other adapters in it, which is seen without reading
+    weights.
+
+    Raises:
+        StatisticsError: adapters or scales differ.
+    """
+
+    def adapters(source: Mapping[str, Any]) -> list[tuple[str, float]]:
+        return [(item["sha256"], item["scale"]) for item in source.get("merged", [])]
+
+    own, measured = job.checkpoint.origin(), statistics.header["source"]
+    if adapters(own) != adapters(measured):
+        said = [f"{i['adapter']}:{i['scale']:g}" for i in measured.get("merged", [])]
+        raise StatisticsError(
+            "the statistics are of another model: of "
+            + (f"one with the adapters {', '.join(said)}" if said else "one without adapters"),
+            where=str(statistics.path),
+            hint="analyze and plan with the same --lora",
         )
 
 
@@ -336,11 +371,13 @@ def _ruled(job: Job) -> tuple[str, ...]:
     return beside(ruled_formats(job, [s for s in job.sites if s.kind not in UNNAMED_DENSE]), ())
 
 
-def _measured(model: str | Path, statistics: str | Path | None) -> Statistics | None:
+def _measured(
+    model: str | Path, statistics: str | Path | None, lora: Sequence[str]
+) -> Statistics | None:
     """The statistics that are there already, with candidates."""
     from bitnest.statistics import Statistics, is_statistics
 
-    place = default_statistics(model) if statistics is None else Path(statistics)
+    place = default_statistics(model, lora) if statistics is None else Path(statistics)
     found = Statistics.open(place) if is_statistics(place) else None
     return found if found is not None and found.formats else None
 
@@ -349,6 +386,7 @@ def ensure_statistics(
     model: str | Path,
     statistics: str | Path | None,
     *,
+    lora: Sequence[str] = (),
     formats: Sequence[str],
     progress: Progress | None = None,
     **analysis: Any,
@@ -363,25 +401,29 @@ def ensure_statistics(
     from bitnest.statistics import Statistics, is_statistics
 
     if statistics is None:
-        place = default_statistics(model)
+        place = default_statistics(model, lora)
         if not is_statistics(place):
-            return api.analyze(model, place, formats=formats, progress=progress, **analysis)
+            return api.analyze(
+                model, place, lora=lora, formats=formats, progress=progress, **analysis
+            )
         statistics = place
     elif not is_statistics(Path(statistics)):
         raise StatisticsError(
             "no statistics here",
             where=str(statistics),
-            hint=f"bitnest analyze {model} -o {statistics} makes them",
+            hint=f"bitnest analyze {model} -o {statistics} makes them"
+            + (", with the same --lora" if lora else ""),
         )
     found = Statistics.open(statistics)
     found.verify()
     return found
 
 
-def default_statistics(model: str | Path) -> Path:
-    """Where statistics of a model are kept if nothing else is said: `<model>-statistics` here."""
+def default_statistics(model: str | Path, lora: Sequence[str] = ()) -> Path:
+    """Where statistics of a model are kept if nothing else is said: `<model>-statistics` here, or
+    `<model>+<adapter>-statistics`."""
     name = "demo" if str(model) == "demo" else resolve_model(model).resolve().name
-    return Path(f"{name}-statistics")
+    return Path(f"{name_with(name, lora)}-statistics")
 
 
 def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
@@ -531,7 +573,7 @@ def constraint_cost(
     """
     from bitnest.quantize.allocation.budget import Budget
 
-    names = ("statistics", "ends", "exact", "rules", "candidates", "weights", "data",
+    names = ("statistics", "lora", "ends", "exact", "rules", "candidates", "weights", "data",
              "trust_remote_code", "progress")  # fmt: skip
     kept = {key: value for key, value in options.items() if key in names}
     kept["candidates"] = [name for name in planned.menu.formats if name != "dense"]
@@ -549,6 +591,7 @@ def preflight(
     model: str | Path,
     planned: Planned,
     *,
+    lora: Sequence[str] = (),
     machine: str | None = None,
     samples: int = 64,
     length: int = 512,
@@ -564,7 +607,7 @@ def preflight(
     from bitnest.quantize.preflight import preflight as estimate
 
     job = prepare(
-        open_checkpoint(model),
+        open_checkpoint(model, lora, trust_remote_code=trust_remote_code),
         Recipe(format="dense", rules=planned.plan.rules),
         trust_remote_code=trust_remote_code,
     )

@@ -171,8 +171,9 @@ def _evaluate(maker: Maker, job: Job, out: Path, texts: Sequence[str]) -> EvalRe
     while True:
         try:
             return api.evaluate(
-                [out], against=maker.model, data=named, window=min(WINDOW, context),
-                windows=windows, trust_remote_code=maker.trust, progress=maker.progress,
+                [out], against=maker.model, against_lora=maker.lora, data=named,
+                window=min(WINDOW, context), windows=windows,
+                trust_remote_code=maker.trust, progress=maker.progress,
             )  # fmt: skip
         except DataError:
             if windows == 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.artifact import Artifact
-from bitnest.formats import parse_format, widths
+from bitnest.formats import code_bits, parse_format, widths
 from bitnest.formats.names import brief_name
 from bitnest.kinds import ENDS
 from bitnest.manifest import SiteRecord
@@ -37,6 +37,7 @@ class CompressResult:
     plan: see `Plan.summary`. artifact_bytes: of all files. measured: what a limit was met with, per
     text, and every try; rounds: artifacts that were made for it. forecast: what `preflight`
     said; peak_memory: bytes the process held at most.
+    advice: formats that were measured to do better than sparse ones, see `quantize.advice.Advice`.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class CompressResult:
     rounds: int = 0
     forecast: dict[str, Any] | None = None
     peak_memory: int | None = None
+    advice: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -81,7 +83,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
     files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}
     packed = [r for r in artifact.packed() if r.format != "dense"]
     weights = sum(r.site.numel for r in packed) or 1
-    code_bits = sum(r.site.numel * parse_format(r.format).bits for r in packed)
+    coded = sum(code_bits(parse_format(r.format), r.site.shape) for r in packed)
     minimum = artifact.manifest["recipe"]["min_tokens"]
     experts = {(r.site.layer, r.site.expert) for r in packed if r.site.expert is not None}
     starved = {
@@ -98,7 +100,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         dense_bytes=nbytes - sum(r.nbytes for r in artifact.packed()),
         nbytes=nbytes,
         source_bytes=artifact.manifest["source"]["bytes"],
-        bits=code_bits / weights,
+        bits=coded / weights,
         bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
         starved=len(starved),
         experts=len(experts),

@@ -56,6 +56,7 @@ from bitnest.progress import Progress, Silent
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options
+from bitnest.recipe import PRUNERS
 from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
 from bitnest.sites import Site, is_experts, is_tied
 from bitnest.statistics import Statistics, StatisticsWriter, finished_statistics
@@ -181,8 +182,9 @@ class _Run:
         recipe = job.recipe
         half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         self.options = Options(
-            recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip, half
-        )
+            recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip, half,
+            prune=recipe.prune,
+        )  # fmt: skip
         self.sites = [site for site in job.sites if site.kind != "router"]
         self.plans = self._plans()
         chosen = [plan for plan, _ in self.plans]
@@ -579,6 +581,7 @@ class _Run:
                 "sha256": self.writer.fingerprint["source"],
                 "bytes": job.checkpoint.nbytes,
                 "parameters": sum(math.prod(t.shape) for t in job.checkpoint.tensors.values()),
+                **job.checkpoint.origin(),
             },
             "architecture": type(self.skeleton.model).__name__,
             "labels": self.labels,
@@ -638,6 +641,7 @@ def _fingerprint(job: Job, analysis: Analysis, source: str) -> dict[str, Any]:
             "weighting": job.recipe.weighting,
             "min_tokens": job.recipe.min_tokens,
             "clip": job.recipe.clip,
+            **({} if job.recipe.prune == PRUNERS[0] else {"prune": job.recipe.prune}),
         },
         "seed": job.recipe.seed,
         "memory": job.memory,

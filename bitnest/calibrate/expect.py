@@ -17,6 +17,7 @@ from bitnest.calibrate.slopes import Sensitivity, sensitivity
 from bitnest.calibrate.sources import DataSource
 from bitnest.errors import StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat, widths
+from bitnest.recipe import PRUNERS
 from bitnest.statistics import Statistics
 from bitnest.statistics.header import HEADER
 from bitnest.workdir import sha256_file
@@ -66,8 +67,11 @@ class Expected:
             )  # fmt: skip
 
 
-def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> Expected:
-    """What the statistics in `path` predict for formats by site name, fitted with `method`.
+def expect(
+    path: str | Path, formats: Mapping[str, AnyFormat], method: str, prune: str = PRUNERS[0]
+) -> Expected:
+    """What the statistics in `path` predict for formats by site name, fitted with `method` and,
+    where they are sparse, `prune`.
 
     Raises:
         StatisticsError: not statistics, damaged, of another method, or without a format or site
@@ -83,6 +87,7 @@ def expect(path: str | Path, formats: Mapping[str, AnyFormat], method: str) -> E
             where=str(path),
             hint=f"bitnest analyze with --method {method}, or leave out --statistics",
         )
+    statistics.check_prune(prune, [fmt.name for fmt in formats.values()])
     plan = {n: fmt.name for n, fmt in formats.items() if not isinstance(fmt, DenseFormat)}
     found = predictor.predict(plan)
     low, high = found.interval

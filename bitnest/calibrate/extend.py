@@ -140,7 +140,7 @@ class _Scorer:
         half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         options = Options(
             asked["method"], asked["damp"], asked["weighting"], asked["min_tokens"],
-            asked["clip"], half,
+            asked["clip"], half, prune=statistics.prune,
         )  # fmt: skip
         self.sensitivity = Sensitivity(
             formats, options, None, self._parameter, lambda _site, _number, _weight: None

@@ -32,12 +32,13 @@ from bitnest.calibrate.end_weights import EndWeights
 from bitnest.calibrate.spill import Spill
 from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import Tail
-from bitnest.formats import PackedFormat
+from bitnest.formats import PackedFormat, code_bits
 from bitnest.safetensors_io import Entry
 from bitnest.sites import ENDS, Site, is_experts
 
 DIRICHLET = 0.5
 PROBES_OF_ENDS = (1, 2)  # of every four: one with means of its own, one where all kinds have one
+TYPICAL = (1024, 1024)  # matrix that widths are compared on
 ROWS = 256  # predictions whose logits are compared at once
 
 
@@ -84,9 +85,9 @@ def draw_plans(
 
 
 def widths(formats: Sequence[PackedFormat]) -> list[int]:
-    """Numbers of the formats that are widths, by bits: all but `zero`."""
+    """Numbers of the formats that are widths, by the bits of a matrix' codes: all but `zero`."""
     numbers = [i for i, fmt in enumerate(formats) if fmt.bits]
-    return sorted(numbers, key=lambda i: formats[i].bits)
+    return sorted(numbers, key=lambda i: code_bits(formats[i], TYPICAL))
 
 
 def group_plans(sites: Sequence[Site], number: int) -> list[dict[str, int]]:

@@ -22,6 +22,7 @@ from bitnest.cli import (
     inspect,
     merge,
     plan,
+    prune,
     pull,
     serve,
     slice,
@@ -47,6 +48,7 @@ app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
 app.command("merge")(merge.command)
+app.command("prune")(prune.command)
 app.command("slice")(slice.command)
 app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from bitnest.cli.dials import remark_nested
-from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
+from bitnest.cli.dials import Prune, remark_nested
+from bitnest.cli.options import Device, Json, Lora, Quiet, Remote, parse_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ NAMED = 8  # starved experts named
 
 # What --reuse leaves open; all the rest was settled when the statistics were measured.
 OPEN_IN_REUSE = {
-    "model", "out", "format", "reuse", "memory", "device", "compute", "fresh",
+    "model", "lora", "out", "format", "reuse", "memory", "device", "compute", "fresh",
     "trust_remote_code", "json", "quiet",
 }  # fmt: skip
 
@@ -31,6 +31,7 @@ def command(
     out: Path = typer.Option(
         None, "-o", "--out", help="Directory of statistics and report (default: MODEL-statistics)."
     ),
+    lora: list[str] = Lora,
     data: list[str] = typer.Option(
         [],
         "--data",
@@ -46,6 +47,7 @@ def command(
         help="A candidate format; may be repeated (default: int2-g128 to int8-g128).",
     ),
     method: str = typer.Option("gptq", "--method", help="How candidates are fitted: gptq or rtn."),
+    prune: str = Prune,
     importance: str = typer.Option(
         "kl", "--importance", help="kl or loss (gradients), probes (none needed), or none."
     ),
@@ -104,9 +106,10 @@ def command(
 
     prepare_process()
     from bitnest import api
+    from bitnest.lora import name_with
 
     _check_probes(context, importance, probes)
-    target = out or Path(f"{Path(model).name}-statistics")
+    target = out or Path(f"{name_with(Path(model).name, lora)}-statistics")
     if reuse is not None:
         _check_reuse(context, reuse, format)
     if not quiet:
@@ -117,12 +120,14 @@ def command(
         statistics = api.analyze(
             model,
             target,
+            lora=lora,
             data=data,
             samples=samples,
             length=length,
             pack=pack,
             formats=format or ([] if importance == "none" else api.CANDIDATES),
             method=method,
+            prune=prune,
             importance=importance,
             fisher_windows=fisher_windows,
             probes=probes,

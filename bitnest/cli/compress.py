@@ -9,13 +9,14 @@ from typing import Any
 import typer
 
 from bitnest.cli import dials
-from bitnest.cli.options import Device, Json, Quiet, Remote, parse_size
+from bitnest.cli.options import Device, Json, Lora, Quiet, Remote, parse_size
 
 
 def command(
     call: typer.Context,
     model: str = typer.Argument(help="Directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Artifact directory (default: by name)."),
+    lora: list[str] = Lora,
     bits: float = dials.Bits,
     size: str = dials.Size,
     max_kl: float = dials.MaxKl,
@@ -29,6 +30,12 @@ def command(
     group: int = typer.Option(
         None, "--group", help="One integer format for all: input channels per scale, 16 to 128."
     ),
+    sparsity: str = typer.Option(
+        None,
+        "--sparsity",
+        help="With --format or --group, else of 16-bit weights: 50%, 2:4, 4:8, or b16x16-50.",
+    ),
+    prune: str = dials.Prune,
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
@@ -102,9 +109,10 @@ def command(
     from bitnest import api
 
     values: dict[str, Any] = {
-        "bits": bits, "size": parse_size(size), "max_kl": max_kl,
+        "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
-        "group": group, "nested": nested, "base_size": parse_size(base_size), "plan": plan,
+        "group": group, "sparsity": sparsity, "prune": prune, "nested": nested,
+        "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
         "candidates": candidate,
         "ends": ends, "exact": exact, "check": check, "method": method,
@@ -136,26 +144,29 @@ def command(
             for line in plan_tables.estimates(before):
                 say(line)
 
+    def advise(advice: Any) -> None:
+        bars.remark(f"note: {advice.text}")
+
     out_dir = out or Path(default_name(model, values))
-    plain = (values["format"] or values["group"]) and not values["nested"]
+    plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
-    known = values["statistics"] or (not uniform and dials.found(model))
+    known = values["statistics"] or (not uniform and dials.found(model, values["lora"]))
     if values["plan"]:
         from bitnest.api.compressing import plan_statistics
         from bitnest.plan import Plan
 
-        known = known or plan_statistics(Plan.read(values["plan"]), model)
+        known = known or plan_statistics(Plan.read(values["plan"]), model, values["lora"])
     if not values["data"] and not known and values["method"] != "rtn" and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     if not quiet:
         dials.remark_nested(model)
     if not uniform and not quiet:
-        dials.remark(model, values["statistics"])
+        dials.remark(model, values["statistics"], values["lora"])
     with Bars(quiet) as bars:
         result = api.compress(
             model, out_dir, **values, device=device, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
-            announce=None if quiet else announce,
+            announce=None if quiet else announce, advise=None if quiet else advise,
         )  # fmt: skip
     if values["data"] and not result.calibrated and not quiet:
         say("rounding to nearest reads no text: --data was not used")
@@ -166,7 +177,7 @@ def command(
         return
     summary(result)
     if not quiet:
-        next_commands(result, model)
+        next_commands(result, model, values["lora"])
 
 
 def _warn_without_compiler(device: str | None) -> None:
@@ -193,9 +204,10 @@ def given_options(call: typer.Context, spelt: dict[str, tuple[str, ...]]) -> set
 
 def default_name(model: str, values: Mapping[str, Any]) -> str:
     """Artifact directory for `model` when none is named: <model>-<what was asked> here."""
+    from bitnest.lora import name_with
     from bitnest.recipe import DEFAULT_BITS, default_format
 
-    name = Path(model).name
+    name = name_with(Path(model).name, values["lora"])
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}"
     if values["nested"]:
@@ -203,8 +215,10 @@ def default_name(model: str, values: Mapping[str, Any]) -> str:
     dial = any(values[key] is not None for key in ("bits", "size", "max_kl", "min_agreement"))
     if values["nested"] and not dial:
         return name
-    if values["format"] or values["group"]:
-        return f"{name}-{default_format(values['bits'], values['format'], values['group'])}"
+    asked = [values.get(key) for key in ("format", "group", "sparsity")]
+    if any(asked):
+        chosen = default_format(values["bits"], *asked)
+        return f"{name}-{chosen.replace('%', '-sparse').replace(':', 'of')}"
     for key in ("size", "max_kl", "min_agreement"):
         if values[key] is not None:
             return f"{name}-{key.replace('_', '-')}-{values[key]:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -37,13 +38,17 @@ BaseSize = typer.Option(
     help="With --nested: memory for all weights at their narrowest, which sets the width that each "
     "begins at (default: the narrowest for all).",
 )
+Prune = typer.Option(
+    "sparsegpt", "--prune", help="How sparse formats choose: sparsegpt, wanda or magnitude."
+)
 TargetName = typer.Option(
     "native", "--target", help="Who is to load it: native, vllm-cuda, vllm-cpu, transformers, gguf."
 )
 PolicyName = typer.Option(
     "bitnest",
     "--policy",
-    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe.",
+    help="bitnest, or for comparison: uniform, handmade, frequency, moqa, mcmoe, baq, mxmoe, "
+    "lpvit.",
 )
 Candidates = typer.Option(
     [], "--candidate", help="Format to choose among; may be repeated (default: those measured)."
@@ -58,24 +63,24 @@ Exact = typer.Option(
 )
 
 
-def found(model: str) -> bool:
+def found(model: str, lora: Sequence[str] = ()) -> bool:
     """Whether statistics of the model lie where they are looked for."""
     from bitnest.api.planning import default_statistics
     from bitnest.statistics import is_statistics
 
-    return is_statistics(default_statistics(model))
+    return is_statistics(default_statistics(model, lora))
 
 
-def remark(model: str, statistics: Path | None) -> None:
+def remark(model: str, statistics: Path | None, lora: Sequence[str] = ()) -> None:
     """Say which statistics are about to be used or made when none were named, on stderr."""
     from bitnest.api.planning import default_statistics
     from bitnest.cli.render import say
 
     if statistics is None:
-        place = default_statistics(model)
+        place = default_statistics(model, lora)
         say(
             f"planning with the statistics in {place}"
-            if found(model)
+            if found(model, lora)
             else f"measuring the model first, into {place}; further plans reuse it"
         )
 

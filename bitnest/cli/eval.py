@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 def command(
     models: list[str] = typer.Argument(help="Artifacts or checkpoints to measure."),
     against: str = typer.Option(None, "--against", help="The base they are compared with."),
+    lora: list[str] = typer.Option(
+        [],
+        "--lora",
+        help="LoRA adapter put on every measured model: DIRECTORY, or DIRECTORY:scale; beside "
+        "packed weights it stays apart.",
+    ),
+    against_lora: list[str] = typer.Option([], "--against-lora", help="The same, put on the base."),
     data: list[str] = typer.Option(
         [], "--data", help="Text: [label=]file, directory or hub:name (default: embedded text)."
     ),
@@ -58,6 +65,8 @@ def command(
         report = api.evaluate(
             models,
             against=against,
+            lora=lora,
+            against_lora=against_lora,
             data=data,
             without=without,
             bits=() if bits is None else parse_widths(bits),

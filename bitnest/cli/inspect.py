@@ -48,6 +48,8 @@ def _print_statistics(found: dict[str, Any]) -> None:
 def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"{found['kind']}: {found['path']}")
     typer.echo(f"architecture: {found['architecture']}")
+    for adapter in found.get("source", {}).get("merged", []):
+        typer.echo(f"merged: {adapter['adapter']} x {adapter['scale']:g}")
     if "verified" in found:
         typer.echo(f"checksums: {found['verified']} files match")
     if found["kind"] == "statistics":

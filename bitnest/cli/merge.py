@@ -24,6 +24,17 @@ def command(
     penalty: float = typer.Option(
         1.0, "--penalty", help="With --weights-from: exponent of the metric; 0 is the plain mean."
     ),
+    combine: str = typer.Option(
+        "linear",
+        "--combine",
+        help="How several become one: linear (their sum), ties, dare_linear or dare_ties.",
+    ),
+    density: float = typer.Option(
+        None, "--density", help="With ties and dare: share of each change kept (default: 0.5)."
+    ),
+    seed: int = typer.Option(
+        None, "--seed", min=0, help="With dare: what is kept by chance (default: 0)."
+    ),
     residual_base: bool = typer.Option(
         False,
         "--residual-base",
@@ -43,8 +54,8 @@ def command(
 
     with Bars(quiet) as bars:
         result = api.merge(
-            model, lora, out, weights_from=weights_from, penalty=penalty,
-            residual_base=residual_base, fresh=fresh,
+            model, lora, out, weights_from=weights_from, penalty=penalty, combine=combine,
+            density=density, seed=seed, residual_base=residual_base, fresh=fresh,
             trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     if json:

@@ -11,6 +11,11 @@ Quiet = typer.Option(False, "--quiet", "-q", help="No progress, no remarks.")
 Remote = typer.Option(
     False, "--trust-remote-code", help="Run Python code that the model brings with it."
 )
+Lora = typer.Option(
+    [],
+    "--lora",
+    help="LoRA adapter merged in first: DIRECTORY, or DIRECTORY:scale; repeat it to add several.",
+)
 Device = typer.Option(None, "--device", help="cpu, cuda, cuda:1 ... (default: cuda if present).")
 
-__all__ = ["Device", "Json", "Quiet", "Remote", "parse_size"]
+__all__ = ["Device", "Json", "Lora", "Quiet", "Remote", "parse_size"]

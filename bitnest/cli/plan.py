@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from bitnest.cli import dials
-from bitnest.cli.options import Json, Quiet, Remote, parse_size
+from bitnest.cli.options import Json, Lora, Quiet, Remote, parse_size
 from bitnest.errors import RecipeError
 
 POINTS = 12  # sizes on a frontier
@@ -18,6 +18,7 @@ POINTS = 12  # sizes on a frontier
 def command(
     model: str = typer.Argument(help="Checkpoint: directory, hub id, or 'demo'."),
     out: Path = typer.Option(None, "-o", "--out", help="Write the plan here (default: stdout)."),
+    lora: list[str] = Lora,
     bits: float = dials.Bits,
     size: str = dials.Size,
     max_kl: float = dials.MaxKl,
@@ -116,10 +117,10 @@ def command(
             ),
         },
     )  # fmt: skip
-    if data and (statistics is not None or dials.found(model)):
+    if data and (statistics is not None or dials.found(model, lora)):
         raise RecipeError(
             "--data is what is measured if there are no statistics yet, and these are there",
-            where=str(statistics or default_statistics(model)),
+            where=str(statistics or default_statistics(model, lora)),
             hint=f"leave out --data; or bitnest analyze {model} --data ... -o DIR, and "
             "--statistics DIR",
         )
@@ -134,7 +135,7 @@ def command(
     tables.check_place("-o", out)
     tables.check_place("--plot", plot)
     options: dict[str, Any] = {
-        "statistics": statistics, "target": target, "ends": ends, "exact": exact,
+        "statistics": statistics, "lora": lora, "target": target, "ends": ends, "exact": exact,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
         "weights": _weights(weight), "latency": _latency(latency), "data": data,
         "trust_remote_code": trust_remote_code,
@@ -145,7 +146,7 @@ def command(
     }  # fmt: skip
     if not quiet:
         dials.remark_nested(model)
-        dials.remark(model, statistics)
+        dials.remark(model, statistics, lora)
     state = None
     with Bars(quiet) as bars:
         options["progress"] = bars
@@ -185,7 +186,7 @@ def command(
             else None
         )
         preflight = api.preflight(
-            model, planned, machine=machine, trust_remote_code=trust_remote_code
+            model, planned, lora=lora, machine=machine, trust_remote_code=trust_remote_code
         )
     if json:
         known = {} if state is None else {"state": state}
@@ -199,8 +200,9 @@ def command(
     if not json and (state is not None or not quiet):
         tables.summary(planned, preflight, cost, state)
     if not quiet and not json and out is not None:
+        adapters = "".join(f" --lora {one}" for one in lora)
         named = f" --statistics {statistics}" if statistics is not None else ""
-        say(f"next: bitnest compress {model} --plan {out}{named}")
+        say(f"next: bitnest compress {model}{adapters} --plan {out}{named}")
 
 
 def _check_ways(

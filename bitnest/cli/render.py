@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,13 @@ class Bars:
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note)
 
+    def remark(self, text: str) -> None:
+        """Something to read while work goes on, above the bar."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
     def pause(self) -> None:
         """Something else is about to be printed."""
         self._close(finished=True)
@@ -206,7 +214,8 @@ def _expected(predicted: dict[str, Any]) -> str:
     return f"{text} ({parts})"
 
 
-def next_commands(result: CompressResult, model: str) -> None:
+def next_commands(result: CompressResult, model: str, lora: Sequence[str] = ()) -> None:
     """What a person would type now."""
-    say(f"next: bitnest eval {result.path} --against {model}")
+    adapters = "".join(f" --against-lora {one}" for one in lora)
+    say(f"next: bitnest eval {result.path} --against {model}{adapters}")
     say(f"      bitnest serve {result.path}")

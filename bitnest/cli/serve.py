@@ -28,6 +28,12 @@ def command(
         help="Memory for the weights, such as 2GiB: widths of a nested artifact are chosen for it, "
         "a checkpoint is compressed to it.",
     ),
+    lora: list[str] = typer.Option(
+        [],
+        "--lora",
+        help="LoRA adapter, DIRECTORY or DIRECTORY:scale: beside the weights of an artifact, "
+        "merged into a checkpoint before it is compressed; may be repeated.",
+    ),
     format: str = typer.Option(None, "--format", help="Compress to this format first."),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn, when compressing."),
     dense: bool = typer.Option(False, "--dense", help="Serve a checkpoint as it is."),
@@ -71,7 +77,12 @@ def command(
     from bitnest.quantize.allocation.fitting import Fitted
 
     with Bars(quiet) as bars:
-        options = {"bits": bits, "size": parse_size(size), "format": format, "method": method}
+        options: dict[str, Any] = {
+            "bits": bits, "size": parse_size(size), "format": format, "method": method,
+        }  # fmt: skip
+        beside = _beside(model, lora, dense, engine)
+        if lora and not beside:
+            options["lora"] = lora
         width = _widths(model, options, engine)
         if width is not None:
             options |= {"bits": None, "size": None}
@@ -93,6 +104,7 @@ def command(
         load_model(
             path,
             bits=width.widths if isinstance(width, Fitted) else width,
+            lora=beside,
             trust_remote_code=trust_remote_code,
         ),
         load_tokenizer(path, trust_remote_code=trust_remote_code),
@@ -104,6 +116,27 @@ def command(
         cache_tokens=cache_tokens,
         max_pending=max_pending,
     )
+
+
+def _beside(model: str, lora: list[str], dense: bool, engine: str) -> list[str]:
+    """The adapters that go on the loaded model; the others go into it before it is compressed.
+
+    Raises:
+        RecipeError: vLLM is to serve them beside an artifact, or in a plain checkpoint.
+    """
+    from bitnest.artifact import is_artifact
+    from bitnest.checkpoint import resolve_model
+    from bitnest.errors import RecipeError
+
+    if not lora or not (dense or is_artifact(resolve_model(model))):
+        return []
+    if engine == "vllm":
+        raise RecipeError(
+            "--lora on a model that vLLM is to serve as it is",
+            where=model,
+            hint="bitnest merge MODEL --lora ... -o OUT, or compress with --lora, and serve that",
+        )
+    return lora
 
 
 def _widths(model: str, options: dict[str, Any], engine: str) -> int | Fitted | None:
@@ -150,8 +183,10 @@ def _artifact(
     from bitnest.artifact import is_artifact
     from bitnest.checkpoint import resolve_model
     from bitnest.errors import RecipeError
+    from bitnest.lora import open_adapters
     from bitnest.serve.cache import cached_artifact
 
+    lora = options.get("lora", [])
     source = resolve_model(model)
     asked = any(options[key] is not None for key in ("bits", "size", "format"))
     if is_artifact(source) or dense:
@@ -167,7 +202,8 @@ def _artifact(
         say(f"compressing {model} into {target}")
         api.compress(source, target, **options, trust_remote_code=trust_remote_code, progress=bars)
 
-    return cached_artifact(source, options, build, root=cache_dir)
+    key = {**options, "lora": [[a.sha256, scale] for a, scale in open_adapters(lora)]}
+    return cached_artifact(source, key if lora else options, build, root=cache_dir)
 
 
 def _exported(path: Path, target: str, cache_dir: Path | None) -> Path:

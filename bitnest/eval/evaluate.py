@@ -41,6 +41,8 @@ from bitnest.eval.report import EvalReport, Row, Text, score
 from bitnest.eval.settings import read_settings
 from bitnest.eval.size import count_parameters
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
+from bitnest.lora import name_with
+from bitnest.packed.adapters import Adapters
 from bitnest.packed.loading import load_model, load_tokenizer
 from bitnest.packed.modules import hold_decoded
 from bitnest.packed.widths import set_bits
@@ -58,6 +60,8 @@ def evaluate(
     models: Sequence[str | Path],
     *,
     against: str | Path | None = None,
+    lora: Sequence[str] = (),
+    against_lora: Sequence[str] = (),
     data: Sequence[str],
     without: Sequence[str] = (),
     window: int = 256,
@@ -72,15 +76,16 @@ def evaluate(
 ) -> EvalReport:
     """Measure `models` on the texts `data`, and against the base `against` where one is named.
 
-    models, against: artifacts, checkpoints, hub ids or `demo`. data: `[label=]source`. without:
-    `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured with these
-    experts switched off (`eval.without` says what that means). One model alone is then the base of
-    its own rows; several without `against` have perplexity only. bits: widths at which
+    models, against: artifacts, checkpoints, hub ids or `demo`. lora: adapters, PATH or PATH:scale,
+    put on each of `models` (`packed.adapters`). against_lora: on the base. data: `[label=]source`.
+    without: `LAYER:EXPERT[,EXPERT...]`; each gives every one of `models` a further row, measured
+    with these experts switched off (`eval.without` says what that means). One model alone is then
+    the base of its own rows; several without `against` have perplexity only. bits: widths at which
     nested artifacts are read, a row for each that they have; others have one row. sizes: bytes that
-    a nested artifact's weights may take, a row for each. window, windows:
-    tokens in a window, windows per text. batch_size: windows per forward pass (packed models decode
-    their weights once per pass). dtype: compute type. device: None means CUDA where there is one,
-    as when compressing. The base is the first row.
+    a nested artifact's weights may take, a row for each. window, windows: tokens in a window,
+    windows per text. batch_size: windows per forward pass (packed models decode their weights once
+    per pass). dtype: compute type. device: None means CUDA where there is one, as when compressing.
+    The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -98,7 +103,15 @@ def evaluate(
     device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
     paths = [resolve_model(model) for model in given]
-    names = _names(given, paths)
+    loras = [*([against_lora] if against is not None else []), *([lora] * len(models))]
+    pairs = zip(_names(given, paths), loras, strict=True)
+    names = [name_with(name, own) for name, own in pairs]
+    if against_lora and against is None:
+        raise BitnestError("--against-lora without a base", hint="--against MODEL")
+    adapters = [
+        Adapters.of(path, own, trust_remote_code=trust_remote_code)
+        for path, own in zip(paths, loras, strict=True)
+    ]
     for name, path in zip(names, paths, strict=True):
         _check_context(name, path, window, trust_remote_code)
     switches = [
@@ -121,10 +134,11 @@ def evaluate(
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         if progress is not None:
             progress.phase(f"measure {name}", sum(text.windows for text in texts))
-        first = chosen[number][0]
+        first, beside = chosen[number][0], adapters[number]
         model = load_model(
-            path, dtype=dtype, device=device, bits=first.widths, trust_remote_code=trust_remote_code
-        )
+            path, dtype=dtype, device=device, bits=first.widths, lora=loras[number],
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         counted = parameters if based else count_parameters(path)
         for setting, switch in [
             *((own, Switch()) for own in chosen[number]), *((first, s) for s in switches[number])
@@ -133,7 +147,8 @@ def evaluate(
                 set_bits(model, setting.widths)
             hold_decoded(model)
             head = open_head(model, tokens[0], name)
-            per_weight = 8 * setting.nbytes / counted if counted else None
+            nbytes = setting.nbytes + (0 if beside is None else beside.nbytes)
+            per_weight = 8 * nbytes / counted if counted else None
             title = f"{name} without {switch.label}" if switch.modules else name
             title = f"{name} {setting.said}" if setting.said else title
             if progress is not None and switch.modules:
@@ -149,7 +164,7 @@ def evaluate(
                 Row(
                     title,
                     is_base,
-                    setting.nbytes,
+                    nbytes,
                     counted,
                     per_weight,
                     head is not None,

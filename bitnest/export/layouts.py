@@ -27,6 +27,7 @@ from bitnest.errors import TargetError
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
+    BlockSparseFormat,
     LowRankFormat,
     SparseFormat,
     TransformedFormat,
@@ -193,7 +194,7 @@ def _missing(fmt: AnyFormat) -> str:
         return f"compressed-tensors has no tensors for a low-rank residual (+{fmt.kind}{fmt.rank})"
     if widths(fmt):
         return "nested codes are no integers on an even grid"
-    if isinstance(fmt, SparseFormat):
+    if isinstance(fmt, SparseFormat | BlockSparseFormat):
         return f"engines have no kernels for a bitmask with packed survivors (%{fmt.pattern})"
     if isinstance(fmt, TransformedFormat):
         kind = f"@{fmt.kind}{fmt.block or ''}"

@@ -1,12 +1,13 @@
 """Formats: how one weight is stored, as pure size arithmetic, exact to the byte.
 
-`names` is the grammar of format names, `block` the scaled formats, `sparse` those with weights
-dropped, `wrappers` what goes around them. How the numbers are chosen is `quantize/codecs`, how they
-are decoded `kernels/decode`.
+`names` is the grammar of format names, `block` the scaled formats, `sparse` and `block_sparse`
+those with weights dropped, `wrappers` what goes around them. How the numbers are chosen is
+`quantize/codecs`, how they are decoded `kernels/decode`.
 """
 
 from bitnest.formats.base import DenseFormat, Format, Part, total_bytes
 from bitnest.formats.block import BlockFormat, integer
+from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.fates import FateFormat, fates_apart
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
@@ -17,16 +18,18 @@ from bitnest.formats.wrappers import (
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
+    code_bits,
     core_format,
     cut,
+    kept_weights,
     refinement,
     widths,
 )
 from bitnest.formats.zero import ZeroFormat
 
 __all__ = [
-    "AnyFormat", "BlockFormat", "CodedFormat", "DenseFormat", "FateFormat", "Format",
-    "LowRankFormat", "NestedFormat", "PackedFormat", "Part", "SparseFormat", "TransformedFormat",
-    "ZeroFormat", "core_format", "cut", "fates_apart", "integer", "parse_format", "refinement",
-    "total_bytes", "widths",
+    "AnyFormat", "BlockFormat", "BlockSparseFormat", "CodedFormat", "DenseFormat", "FateFormat",
+    "Format", "LowRankFormat", "NestedFormat", "PackedFormat", "Part", "SparseFormat",
+    "TransformedFormat", "ZeroFormat", "code_bits", "core_format", "cut", "fates_apart", "integer",
+    "kept_weights", "parse_format", "refinement", "total_bytes", "widths",
 ]  # fmt: skip

@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnest.formats.base import DenseFormat
-from bitnest.formats.block import BlockFormat
+from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.elements import FloatElement, TableElement, TernaryElement
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
+    CoreFormat,
     LowRankFormat,
     PackedFormat,
     TransformedFormat,
@@ -107,6 +108,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "int4-g128%50": "half of every row dropped, the codes of the rest packed (SparseGPT)",
         "int4-g128%2:4": "2 of every 4 kept, the pattern of sparse tensor cores",
         "int4-g128%4:8": "4 of every 8 kept",
+        "int4-g128%b16x16-50": "half of the blocks of 16 x 16 kept, which kernels read whole",
         "dense%2:4": "2 of every 4 kept, their 16-bit values",
     },
     "scale option": {
@@ -160,7 +162,7 @@ def family(fmt: AnyFormat) -> str:
         return "residual"
     if isinstance(fmt, TransformedFormat):
         return "transform"
-    if isinstance(fmt, BlockFormat | NestedFormat | SparseFormat):
+    if isinstance(fmt, CoreFormat):
         return base_family(fmt)
     return "dropped" if isinstance(fmt, ZeroFormat) else "dense"
 
@@ -172,7 +174,7 @@ def base_family(fmt: PackedFormat) -> str:
     base = core_format(fmt)
     if isinstance(base, NestedFormat):
         return "nested"
-    if isinstance(base, SparseFormat):
+    if isinstance(base, SparseFormat | BlockSparseFormat):
         return "sparse"
     if base.alias:
         return base.alias[:2]
@@ -197,7 +199,7 @@ def scale_kind(fmt: AnyFormat) -> str:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return ""
     base = core_format(fmt)
-    if isinstance(base, SparseFormat):
+    if isinstance(base, SparseFormat | BlockSparseFormat):
         return scale_kind(base.base)
     if isinstance(base, NestedFormat):
         return {

@@ -6,7 +6,8 @@ element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
 alias     mxfp8 mxfp8_e5m2 mxfp6 mxfp6_e3m2 mxfp4 mxint8 mxint6 mxint4 [-ocp|-ceil], nvfp4, nvint4
-sparsity  1..99 (percent of every row dropped), or n:m (n of every m kept), m 2, 4, 8 or 16
+sparsity  1..99 (percent of every row dropped), n:m (n of every m kept), m 2, 4, 8 or 16, or
+          b<rows>x<columns>-<percent of blocks kept>, sides 16, 32, 64 or 128
 transform had16..had128, rhad16..rhad128, had, rhad, awq, perm
 nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any<widths>-channel,
           stack<widths>-r<rank>; widths are digits: nest2345678-g128
@@ -22,6 +23,7 @@ from dataclasses import replace
 from bitnest.errors import FormatError
 from bitnest.formats.base import DenseFormat
 from bitnest.formats.block import BlockFormat
+from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.elements import (
     Element,
     FloatElement,
@@ -83,7 +85,10 @@ _NESTED = re.compile(
     r"(?P<kind>nest|mat|mwq|any|stack)(?P<widths>[0-9]{1,8})"
     rf"-(?:channel|g(?P<group>{_NUMBER})|r(?P<rank>{_NUMBER}))"
 )
-_SPARSITY = re.compile(rf"(?P<drop>{_NUMBER})|(?P<keep>{_NUMBER}):(?P<cell>{_NUMBER})")
+_SPARSITY = re.compile(
+    rf"(?P<drop>{_NUMBER})|(?P<keep>{_NUMBER}):(?P<cell>{_NUMBER})"
+    rf"|b(?P<rows>{_NUMBER})x(?P<columns>{_NUMBER})-(?P<share>{_NUMBER})"
+)
 _WRAPPER = re.compile(
     r"(?P<mark>[@+])(?P<kind>had|rhad|awq|perm|lorc|lqer|hlr)(?P<number>[1-9][0-9]{0,3})?"
 )
@@ -107,18 +112,21 @@ def parse_format(name: str) -> AnyFormat:
     return _wrap(core, name[cut:], name)
 
 
-def _sparse(base: str, pattern: str, whole: str) -> SparseFormat:
+def _sparse(base: str, pattern: str, whole: str) -> SparseFormat | BlockSparseFormat:
     found = _SPARSITY.fullmatch(pattern)
     if found is None:
         raise FormatError(
             f"unknown sparsity '%{pattern}' in '{whole}'",
-            hint="%50 drops half of every row, %2:4 keeps 2 of every 4",
+            hint="%50 drops half of every row, %2:4 keeps 2 of every 4, %b16x16-50 half of all "
+            "blocks",
         )
     fmt = DenseFormat() if base == "dense" else parse_base(base, whole)
     if not isinstance(fmt, BlockFormat | DenseFormat):
         raise FormatError(
             f"nested formats have no sparsity, not '{whole}'", hint="for example int4-g128%2:4"
         )
+    if found["rows"]:
+        return BlockSparseFormat(fmt, *(int(found[k]) for k in ("rows", "columns", "share")))
     drop, keep, cell = (int(found[key] or 0) for key in ("drop", "keep", "cell"))
     return SparseFormat(fmt, drop, keep, cell)
 
@@ -138,6 +146,23 @@ def parse_widths(text: str) -> tuple[int, ...]:
             )
         found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(found))
+
+
+def sparse_name(name: str, sparsity: str) -> str:
+    """The format `name` with a sparsity as `--sparsity` writes it: `50%`, `2:4`, `b16x16-50`.
+
+    Raises:
+        FormatError: it has one already, it cannot have any, or there is no such sparsity.
+    """
+    pattern = sparsity.strip()
+    if "%" in name:
+        raise FormatError(
+            f"'{name}' is sparse already", hint="leave out --sparsity, or what follows the %"
+        )
+    if pattern.startswith("%") or "%" in pattern[:-1]:
+        raise FormatError(f"no such sparsity: '{sparsity}'", hint="50%, 2:4, 4:8 or b16x16-50")
+    cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
+    return parse_format(f"{name[:cut]}%{pattern.removesuffix('%')}{name[cut:]}").name
 
 
 def nested_name(text: str, group: int | None = None) -> str:

@@ -29,6 +29,24 @@ from bitnest.formats.elements import IntElement
 CELLS = (2, 4, 8, 16)  # m of n:m: divides the smallest group, so that no cell crosses two
 
 
+def check_base(base: BlockFormat | DenseFormat) -> None:
+    """Refuse codes that cannot be dropped one by one.
+
+    Raises:
+        FormatError: scales or tables of several rows, sizes that depend on values, no zero.
+    """
+    if isinstance(base, DenseFormat):
+        return
+    element = base.element
+    signs = isinstance(element, IntElement) and element.symmetric and element.bits == 1
+    if base.rows != 1 or not base.fixed_size or base.learned or signs:
+        raise FormatError(
+            f"{base.name} cannot be sparse",
+            hint="codes with a zero, their scales in groups of a row: int4-g128%2:4, "
+            "nvfp4%50, dense%2:4",
+        )
+
+
 @dataclass(frozen=True)
 class SparseFormat:
     """A format whose rows keep some weights only; see above.
@@ -53,16 +71,7 @@ class SparseFormat:
                 f"unknown sparsity '%{self.pattern}'",
                 hint="%50 drops half of every row, %2:4 keeps 2 of every 4; m is 2, 4, 8 or 16",
             )
-        if isinstance(self.base, DenseFormat):
-            return
-        element = self.base.element
-        signs = isinstance(element, IntElement) and element.symmetric and element.bits == 1
-        if self.base.rows != 1 or not self.base.fixed_size or self.base.learned or signs:
-            raise FormatError(
-                f"{self.base.name} cannot be sparse",
-                hint="codes with a zero, their scales in groups of a row: int4-g128%2:4, "
-                "nvfp4%50, dense%2:4",
-            )
+        check_base(self.base)
 
     @property
     def pattern(self) -> str:

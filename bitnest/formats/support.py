@@ -9,9 +9,8 @@ one-bit integers, whose two values are halves.
 from __future__ import annotations
 
 from bitnest.formats.base import DenseFormat
+from bitnest.formats.block import BlockFormat
 from bitnest.formats.elements import FloatElement, IntElement, TableElement
-from bitnest.formats.nested import NestedFormat
-from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.wrappers import AnyFormat, core_format
 from bitnest.formats.zero import ZeroFormat
 
@@ -23,7 +22,7 @@ def native_encoder(fmt: AnyFormat) -> bool:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return False
     base = core_format(fmt)
-    if isinstance(base, NestedFormat | SparseFormat):
+    if not isinstance(base, BlockFormat):
         return False
     if base.rows != 1 or base.scale not in NATIVE_SCALES:
         return False

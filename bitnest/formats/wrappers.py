@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from bitnest.errors import FormatError
 from bitnest.formats.base import HALF, DenseFormat, Part, total_bytes
 from bitnest.formats.block import BlockFormat
+from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
 from bitnest.formats.zero import ZeroFormat
 
+CoreFormat = BlockFormat | NestedFormat | SparseFormat | BlockSparseFormat
 TRANSFORMS = ("had", "rhad", "awq", "perm")
 HADAMARD_BLOCKS = (16, 32, 64, 128)
 RESIDUALS = ("lorc", "lqer", "hlr")
@@ -42,7 +44,7 @@ class TransformedFormat:
         FormatError: no such transform.
     """
 
-    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
+    base: CoreFormat | TransformedFormat
     kind: str
     block: int = 0
 
@@ -106,7 +108,7 @@ class LowRankFormat:
         FormatError: no such kind or rank.
     """
 
-    base: BlockFormat | NestedFormat | SparseFormat | TransformedFormat
+    base: CoreFormat | TransformedFormat
     kind: str
     rank: int
 
@@ -162,7 +164,6 @@ class LowRankFormat:
         return total_bytes(self.parts(shape))
 
 
-CoreFormat = BlockFormat | NestedFormat | SparseFormat
 CodedFormat = CoreFormat | TransformedFormat | LowRankFormat
 PackedFormat = CodedFormat | ZeroFormat
 AnyFormat = PackedFormat | DenseFormat
@@ -209,8 +210,33 @@ def refinement(fmt: AnyFormat, part: str) -> int | None:
     return next((w for w in later if part in core.width_parts(w, (1, 1))), None)
 
 
+def kept_weights(fmt: AnyFormat, shape: tuple[int, int]) -> int:
+    """Weights of an (out, in) matrix that are not dropped; of blocks at an edge all they have."""
+    if isinstance(fmt, ZeroFormat):
+        return 0
+    core = fmt if isinstance(fmt, DenseFormat) else core_format(fmt)
+    if isinstance(core, SparseFormat):
+        return shape[0] * core.kept(shape[1])
+    if isinstance(core, BlockSparseFormat):
+        rows, columns = core.block(shape)
+        return min(core.kept(shape) * rows * columns, shape[0] * shape[1])
+    return shape[0] * shape[1]
+
+
+def code_bits(fmt: AnyFormat, shape: tuple[int, int]) -> int:
+    """Bits of the codes of an (out, in) matrix; of sparse ones the survivors' and the mask's."""
+    core = fmt if isinstance(fmt, DenseFormat | ZeroFormat) else core_format(fmt)
+    mask = 0
+    if isinstance(core, SparseFormat):
+        mask = shape[0] * shape[1]
+    elif isinstance(core, BlockSparseFormat):
+        rows, columns = core.grid(shape)
+        mask = rows * columns
+    return round(fmt.bits * kept_weights(fmt, shape)) + mask
+
+
 def core_format(fmt: CodedFormat) -> CoreFormat:
     """The format at the core of its wrappers."""
-    while not isinstance(fmt, BlockFormat | NestedFormat | SparseFormat):
+    while not isinstance(fmt, CoreFormat):
         fmt = fmt.base
     return fmt

@@ -19,6 +19,7 @@ import torch
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
+    BlockSparseFormat,
     DenseFormat,
     LowRankFormat,
     NestedFormat,
@@ -28,6 +29,7 @@ from bitnest.formats import (
 )
 from bitnest.formats.elements import FloatElement, IntElement, TableElement, TernaryElement
 from bitnest.formats.segments import split_parts
+from bitnest.kernels.block_sparse import block_mask, place_blocks, spread_mask
 from bitnest.kernels.hadamard import random_signs, unrotate, whole_block
 from bitnest.kernels.minifloat import decode as decode_minifloat
 from bitnest.kernels.nested import decode_nested
@@ -67,6 +69,8 @@ def decode(
         return decode_nested(tensors, fmt, shape, dtype)
     if isinstance(fmt, SparseFormat):
         return _decode_sparse(tensors, fmt, shape, dtype)
+    if isinstance(fmt, BlockSparseFormat):
+        return _decode_blocks(tensors, fmt, shape, dtype)
     weight = decode(tensors, fmt.base, shape)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank(tensors)).to(dtype)
@@ -116,7 +120,14 @@ def _decode_block(
     values = code_values(tensors, fmt, shape)
     if "scales" not in tensors:  # a table per row holds the weights themselves
         return values.to(dtype)
-    rows, columns = shape
+    return scaled(values, tensors, fmt, dtype)
+
+
+def scaled(
+    values: torch.Tensor, tensors: Tensors, fmt: BlockFormat, dtype: torch.dtype
+) -> torch.Tensor:
+    """(values - zeros) * scales, of values (O, I) float32, which are used up."""
+    rows, columns = values.shape
     g, groups = fmt.group_size(columns), fmt.groups(columns)
     scales = _per_row(unpack_scales(tensors, fmt, groups), fmt, rows)
     zeros = _zeros(tensors, fmt, rows, groups)
@@ -150,6 +161,18 @@ def _decode_sparse(
         values = values.sub_(zeros.gather(1, group))
     scales = unpack_scales(tensors, base, groups)
     return spread(values.mul_(scales.gather(1, group)), place, columns, dtype)
+
+
+def _decode_blocks(
+    tensors: Tensors, fmt: BlockSparseFormat, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    keep, base = block_mask(tensors["mask"], fmt, shape), fmt.base
+    if isinstance(base, DenseFormat):
+        return place_blocks(tensors["values"].to(dtype), keep, fmt, shape)
+    r, c = fmt.block(shape)
+    stored = code_values(tensors, base, (fmt.kept(shape), r * c))
+    weight = scaled(place_blocks(stored, keep, fmt, shape), tensors, base, dtype)
+    return weight.mul_(spread_mask(keep, fmt, shape))
 
 
 def _zeros(tensors: Tensors, fmt: BlockFormat, rows: int, groups: int) -> torch.Tensor | None:

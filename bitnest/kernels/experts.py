@@ -21,6 +21,10 @@ Weights = Callable[[int, str], torch.Tensor]
 """(expert, parameter name) -> matrix (out, in)."""
 
 
+Added = Callable[[int, str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(expert, parameter name, x, y): y = W x (n, out) with what adapters add to it."""
+
+
 @dataclass(frozen=True)
 class ExpertPass:
     """One expert's part of a forward pass, as it was computed.
@@ -51,13 +55,14 @@ def experts_forward(
     top_k_weights: torch.Tensor,
     watch: Watch | None = None,
     dropped: Collection[int] = (),
+    added: Added | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts' outputs for every token.
 
     module: an experts module of transformers. hidden: (tokens, hidden). top_k_index,
     top_k_weights: (tokens, k); indices beyond the number of experts mean no expert. watch: sees
     every expert's inputs and outputs. dropped: experts whose down projection is all zeros: not
-    computed where zeros are all that would come out.
+    computed where zeros are all that would come out. added: adapters beside the matrices.
     """
     output = torch.zeros_like(hidden)
     flat = top_k_index.flatten()
@@ -73,7 +78,7 @@ def experts_forward(
             continue
         chosen, own = tokens[start : start + count], gates[start : start + count]
         x = hidden[chosen]
-        up, inner, y = _expert(module, weights, expert, x)
+        up, inner, y = _expert(module, weights, expert, x, added)
         if watch is not None:
             watch(ExpertPass(expert, chosen, own, x, up, inner, y))
         y = _post_norm(module, y) * own[:, None].to(y.dtype)
@@ -83,13 +88,20 @@ def experts_forward(
 
 
 def _expert(
-    module: Any, weights: Weights, expert: int, x: torch.Tensor
+    module: Any, weights: Weights, expert: int, x: torch.Tensor, added: Added | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One expert applied to rows x (n, hidden): first projection, down's input, output."""
-    up = F.linear(x, weights(expert, up_name(module)), _bias(module, up_name(module), expert, x))
+
+    def product(param: str, x: torch.Tensor) -> torch.Tensor:
+        bias = _bias(module, param, expert, x)
+        if added is None:
+            return F.linear(x, weights(expert, param), bias)
+        y = added(expert, param, x, F.linear(x, weights(expert, param)))
+        return y if bias is None else y + bias
+
+    up = product(up_name(module), x)
     inner = _activate(module, up)
-    y = F.linear(inner, weights(expert, "down_proj"), _bias(module, "down_proj", expert, x))
-    return up, inner, y
+    return up, inner, product("down_proj", inner)
 
 
 def _activate(module: Any, up: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Only the rows asked for are gathered from the stored tensors:
 
-    codes, segments, masks, tables per row    row o
+    codes, segments, masks, tables per row    row o; of block-sparse ones the blocks it lies in
     scales, zero points                row p = floor(o / r) of R, r rows a block
     dq's super-scales                  row floor(p / 64); of m2 and dual row p
     left of a residual                 row o; right, channels, order and global whole
@@ -23,6 +23,7 @@ import torch
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
+    BlockSparseFormat,
     DenseFormat,
     LowRankFormat,
     NestedFormat,
@@ -32,7 +33,15 @@ from bitnest.formats import (
 from bitnest.formats.block import DQ_ROWS
 from bitnest.formats.elements import TernaryElement
 from bitnest.formats.wrappers import core_format
-from bitnest.kernels.decode import Tensors, decode, low_rank, undo_transform
+from bitnest.kernels.block_sparse import block_mask
+from bitnest.kernels.decode import (
+    Tensors,
+    code_values,
+    decode,
+    low_rank,
+    scaled,
+    undo_transform,
+)
 from bitnest.kernels.packing import pack_bits
 from bitnest.kernels.scales import unpack_scales
 
@@ -44,7 +53,7 @@ def row_decodable(fmt: AnyFormat) -> bool:
     if isinstance(fmt, DenseFormat | ZeroFormat):
         return True
     core = core_format(fmt)
-    if isinstance(core, NestedFormat | SparseFormat):
+    if isinstance(core, NestedFormat | SparseFormat | BlockSparseFormat):
         return True
     return not (isinstance(core.element, TernaryElement) and core.element.coded)
 
@@ -69,6 +78,8 @@ def decode_rows(
     if isinstance(fmt, SparseFormat):
         own, sparse = _sparse_rows(tensors, fmt, shape, rows)
         return decode(own, sparse, (len(rows), shape[1]), dtype)
+    if isinstance(fmt, BlockSparseFormat):
+        return _block_rows(tensors, fmt, shape, rows, dtype)
     weight = decode_rows(tensors, fmt.base, shape, rows)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank({**tensors, "left": tensors["left"][rows]})).to(dtype)
@@ -94,7 +105,16 @@ def _gathered(
     tensors: Tensors, fmt: BlockFormat, shape: tuple[int, int], rows: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], BlockFormat]:
     """Parts of the rows alone, and the format they are in: float32 scales, one for each row."""
-    own = {name: tensors[name][rows] for name in fmt.element.code_parts(*shape)}
+    codes = {name: tensors[name][rows] for name in fmt.element.code_parts(*shape)}
+    own, plain = _gathered_scales(tensors, fmt, shape, rows)
+    return {**codes, **own}, plain
+
+
+def _gathered_scales(
+    tensors: Tensors, fmt: BlockFormat, shape: tuple[int, int], rows: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], BlockFormat]:
+    """The same without codes."""
+    own: dict[str, torch.Tensor] = {}
     if "table" in tensors:
         own["table"] = tensors["table"][rows] if fmt.group is None else tensors["table"]
     if "scales" not in tensors:
@@ -116,6 +136,36 @@ def _sparse_rows(
         return {**mask, "values": tensors["values"][rows]}, fmt
     own, base = _gathered(tensors, fmt.base, shape, rows)
     return {**mask, **own}, replace(fmt, base=base)
+
+
+def _block_rows(
+    tensors: Tensors,
+    fmt: BlockSparseFormat,
+    shape: tuple[int, int],
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of a block-sparse weight: of the blocks that stay only those they lie in are decoded."""
+    keep = block_mask(tensors["mask"], fmt, shape)
+    (r, c), base = fmt.block(shape), fmt.base
+    number = (keep.flatten().cumsum(0) - 1).view_as(keep)  # of a block among those that stay
+    lines, place = rows // r, rows % r
+    own = keep[lines]  # (n, Q)
+    wanted, index = number[lines][own].unique(return_inverse=True)
+    if isinstance(base, DenseFormat):
+        stored = tensors["values"][wanted].to(dtype)
+    else:
+        codes = {name: tensors[name][wanted] for name in fmt.code_parts(shape)}
+        stored = code_values({**tensors, **codes}, base, (len(wanted), r * c))
+    line = place[:, None].expand_as(own)[own]
+    values = torch.zeros(*own.shape, c, dtype=stored.dtype, device=stored.device)
+    values[own] = stored.view(-1, r, c)[index, line]
+    values = values.flatten(1)[:, : shape[1]]
+    if isinstance(base, DenseFormat):
+        return values
+    scales, plain = _gathered_scales(tensors, base, shape, rows)
+    weight = scaled(values.contiguous(), scales, plain, dtype)
+    return weight.mul_(own.repeat_interleave(c, 1)[:, : shape[1]])
 
 
 def _nested_rows(

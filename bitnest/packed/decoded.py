@@ -13,7 +13,7 @@ one by one on disk if gate and up are sites of their own, rows of one parameter.
 proves it: the sites of the model that is mapped onto these tensors must be the artifact's. Weights
 have the type that the model is loaded in; the other tensors are as they were.
 
-Left out: artifacts of one width. Their codes are what was asked for already.
+Left out: compressing artifacts of one width. Their codes are what was asked for already.
 """
 
 from __future__ import annotations
@@ -40,50 +40,65 @@ from bitnest.checkpoint import (
 from bitnest.errors import ArtifactError, CheckpointError, FormatError, UnsupportedModel
 from bitnest.formats import AnyFormat
 from bitnest.kernels.decode import decode
+from bitnest.lora import open_adapters
 from bitnest.manifest import SiteRecord
+from bitnest.merged import MergedCheckpoint
 from bitnest.packed.widths import loaded_formats, nested_widths
 from bitnest.safetensors_io import NAMES, TensorInfo, read_header
 from bitnest.sites import Site
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, lora: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> Checkpoint:
     """The checkpoint in `model` (see `resolve_model`); a nested artifact is one, too.
+
+    lora: adapters, PATH or PATH:scale, to be merged in as it is read.
 
     Raises:
         CheckpointError, ArtifactError: it cannot be read, or is an artifact of one width.
+        RecipeError: a scale that is none. CheckpointError: an adapter of another base.
     """
     path = resolve_model(model)
-    if is_artifact(path):
-        artifact = Artifact.open(path)
-        if nested_widths(artifact):
-            return DecodedCheckpoint.of(artifact)
-    return Checkpoint.open(path)
+    adapters = open_adapters(lora)
+    artifact = Artifact.open(path) if is_artifact(path) else None
+    base = (
+        DecodedCheckpoint.of(artifact)
+        if artifact is not None and nested_widths(artifact)
+        else Checkpoint.open(path)
+    )
+    if not adapters:
+        return base
+    return MergedCheckpoint.of(base, adapters, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)
 class DecodedCheckpoint(Checkpoint):
     """A nested artifact, read as a checkpoint.
 
-    artifact: that it reads. bits: width nested weights are decoded at. formats: by site, as they
-    are read. sources: decoded tensors, and the sites in each, in the order of their experts. kind:
-    type of the decoded tensors. A decoded tensor's place in `tensors` has no meaning but its size.
+    artifact: that it reads. bits: width nested weights are decoded at, None: all planes. formats:
+    by site, as they are read. sources: decoded tensors, and the sites in each, in the order of
+    their experts. kind: type of the decoded tensors. A decoded tensor's place in `tensors` has no
+    meaning but its size.
     """
 
     artifact: Artifact
-    bits: int
+    bits: int | None
     formats: Mapping[str, AnyFormat]
     sources: Mapping[str, tuple[SiteRecord, ...]]
     kind: torch.dtype
 
     @classmethod
-    def of(cls, artifact: Artifact) -> DecodedCheckpoint:
+    def of(cls, artifact: Artifact, *, whole: bool = False) -> DecodedCheckpoint:
         """`artifact` at the widest width whose files are all there.
+
+        whole: any artifact, nested or not, with all its planes, to compare with or to look at.
 
         Raises:
             RecipeError: nothing in it is nested.
             ArtifactError: there is no such width. CheckpointError: no type is stated.
         """
-        bits = widest_width(artifact)
+        bits = None if whole else widest_width(artifact)
         config = read_config(artifact.path)
         config.pop("quantization_config", None)
         dense = {

@@ -6,7 +6,7 @@ directory exists, the artifact is whole. Remote code is never run unless asked f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,14 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     bits: int | Mapping[str, int] | None = None,
+    lora: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in `model` (artifact, checkpoint directory, hub id or `demo`), in eval mode.
 
     dtype: compute type of what is not packed, and of what packed weights decode to. bits: width at
-    which nested weights are read, for all or by site; only their planes are. None: whole.
+    which nested weights are read, for all or by site; only their planes are. None: whole. lora:
+    adapters, PATH or PATH:scale, kept beside packed weights, merged into others (see `adapters`).
 
     Raises:
         CheckpointError, ArtifactError: the directory cannot be loaded.
@@ -39,9 +41,11 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     from bitnest.artifact import is_artifact
+    from bitnest.packed.adapters import Adapters
     from bitnest.packed.widths import at_widths
 
     path = resolve_model(model)
+    adapters = Adapters.of(path, lora, trust_remote_code=trust_remote_code)
     if bits is not None and not is_artifact(path):
         raise RecipeError(
             "a plain checkpoint has one width", where=str(path), hint="leave out --bits"
@@ -60,6 +64,8 @@ def load_model(
             where=str(path),
             hint="check config.json and the .safetensors files; bitnest inspect says more",
         ) from error
+    if adapters is not None:
+        adapters.put_on(loaded)
     if device is not None:
         loaded = loaded.to(device)
     return loaded.eval()

@@ -195,6 +195,7 @@ class _PackedExperts:
 
     packed_sites: dict[str, list[tuple[Site, PackedWeight]]]
     packed_dropped: frozenset[int]
+    packed_added: dict[tuple[str, tuple[int, int] | None], nn.Module] | None = None  # adapters
 
     def packed_weight(self, expert: int, param: str, dtype: torch.dtype) -> torch.Tensor:
         """One expert's (out, in) matrix of `param`, its parts stacked in row order."""
@@ -216,7 +217,21 @@ class _PackedExperts:
             top_k_index,
             top_k_weights,
             dropped=self.packed_dropped,
+            added=None if self.packed_added is None else self.add_adapters,
         )
+
+    def add_adapters(
+        self, expert: int, param: str, x: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
+        """What x (n, in) gives with the adapters of an expert's `param`, y (n, out) without."""
+        key, given, start = f"{param}.{expert}", self.packed_added or {}, 0
+        parts = []
+        for site, weight in self.packed_sites[key]:
+            part = y[:, start : start + weight.shape[0]]
+            start += weight.shape[0]
+            added = given.get((key, site.rows))
+            parts.append(part if added is None else added(x, part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def pack_linear(parent: nn.Module, leaf: str, fmt: AnyFormat, site: Site) -> PackedWeight:

@@ -1,6 +1,7 @@
 """Solving a sparse format: which weights stay, what they become, and how that is stored.
 
-    sparsegpt    mask, rounding and compensation in one sweep; needs H and method gptq
+    sparsegpt    mask, rounding and compensation in one sweep; needs H and method gptq. Of blocks:
+                 `block_sweep`
     wanda        the mask of |W_ij| sqrt(H_jj); survivors quantised (gptq or rtn) as they are
     magnitude    the mask of |W_ij|; the same
 
@@ -15,10 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from bitnest.errors import RecipeError
-from bitnest.formats import DenseFormat, SparseFormat
+from bitnest.formats import BlockSparseFormat, DenseFormat, SparseFormat
+from bitnest.kernels.block_sparse import cut_blocks, pack_block_mask
 from bitnest.kernels.sparse import pack_mask
+from bitnest.prune.block_sweep import BlockSweep
 from bitnest.prune.masks import METHODS, fixed_mask
-from bitnest.prune.sparsegpt import sparse_gptq
+from bitnest.prune.sparsegpt import Sweep, sparse_gptq
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.quantize.gptq import Quantized, rtn
 
@@ -28,7 +31,7 @@ class Pruned:
     """Sparse matrices. weight: (B, O, I) float32, 0 where dropped. error: (B, O). keep: bool
     (B, O, I). quantized: levels and scales, None for 16-bit survivors. half: their type."""
 
-    fmt: SparseFormat
+    fmt: SparseFormat | BlockSparseFormat
     weight: torch.Tensor
     error: torch.Tensor
     keep: torch.Tensor
@@ -37,6 +40,8 @@ class Pruned:
 
     def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
         """Packed tensors of some rows of matrix b, which are one site's."""
+        if isinstance(self.fmt, BlockSparseFormat):
+            return self._store_blocks(self.fmt, b, rows)
         keep = self.keep[b, rows]
         count = self.fmt.kept(keep.shape[1])
         place = keep.nonzero()[:, 1].view(len(keep), count)
@@ -52,11 +57,27 @@ class Pruned:
         own |= q.codec.pack(q.codec.codes(levels, zeros, shared))
         return {**own, **{k: t for k, t in q.store(b, rows).items() if k not in own}}
 
+    def _store_blocks(self, fmt: BlockSparseFormat, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """The same of blocks; rows: all of the matrix."""
+        keep = cut_blocks(self.keep[b, rows].to(torch.uint8), fmt).amax((-1, -2)).bool()
+        own = {"mask": pack_block_mask(keep)}
+        if self.quantized is None:
+            values = cut_blocks(self.weight[b, rows].to(self.half), fmt)
+            return {**own, "values": values[keep].flatten(1).contiguous()}
+        q, shared, zeros = self.quantized, self.quantized.shared.of(b, rows), None
+        levels = q.levels[b, rows]
+        if q.zeros is not None:
+            g, width = q.codec.fmt.group_size(levels.shape[1]), levels.shape[1]
+            zeros = q.zeros[b, rows].repeat_interleave(g, dim=1)[:, :width]
+        codes = cut_blocks(q.codec.codes(levels, zeros, shared), fmt)
+        own |= q.codec.pack(codes[keep].flatten(1).contiguous())
+        return {**own, **{k: t for k, t in q.store(b, rows).items() if k not in own}}
+
 
 def solve_sparse(
     weight: torch.Tensor,
     hessian: torch.Tensor | None,
-    fmt: SparseFormat,
+    fmt: SparseFormat | BlockSparseFormat,
     *,
     half: torch.dtype,
     damp: float,
@@ -80,7 +101,8 @@ def solve_sparse(
     quantized: Quantized | None = None
     if sweep and prune == "sparsegpt":
         assert hessian is not None
-        found, keep = sparse_gptq(weight, hessian, fmt, codec, damp=damp)
+        kind = BlockSweep if isinstance(fmt, BlockSparseFormat) else Sweep
+        found, keep = sparse_gptq(weight, hessian, fmt, codec, damp=damp, kind=kind)
         left = found.weight if isinstance(found, Quantized) else found
         quantized = found if isinstance(found, Quantized) else None
     else:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from bitnest.formats import SparseFormat
+from bitnest.formats import BlockSparseFormat, SparseFormat
 from bitnest.prune.masks import keep_mask, top
 from bitnest.quantize.codecs.block import BlockCodec, Grid
 from bitnest.quantize.codecs.scales import Shared
@@ -73,7 +73,7 @@ class Sweep:
         self,
         weight: torch.Tensor,
         hessian: torch.Tensor,
-        fmt: SparseFormat,
+        fmt: SparseFormat | BlockSparseFormat,
         codec: BlockCodec | None,
         damp: float,
         keep: torch.Tensor | None,
@@ -90,15 +90,20 @@ class Sweep:
         self.factor = inverse_factor(permuted, damp)
         self.pivots = self.factor.diagonal(dim1=1, dim2=2).unsqueeze(2).contiguous()
         if keep is None:
-            self.keep = torch.zeros_like(self.w, dtype=torch.bool)
-            left = width - fmt.kept(width)
-            self.left = torch.full((len(weight), weight.shape[1], 1), left, device=weight.device)
+            self._begin_choice()
         else:
             self.keep = gather_rows(keep.transpose(1, 2), self.order)
         self.shared = Shared()
         if codec:
             self.shared = codec.prepare(weight.transpose(1, 2), diagonal.unsqueeze(-1))
         self.grids: list[Grid] = []
+
+    def _begin_choice(self) -> None:
+        """Nothing is chosen yet. left: drops to come, of every row."""
+        assert isinstance(self.fmt, SparseFormat)
+        self.keep = torch.zeros_like(self.w, dtype=torch.bool)
+        left = self.width - self.fmt.kept(self.width)
+        self.left = torch.full((*self.w.shape[::2], 1), left, device=self.w.device)
 
     def run(self) -> torch.Tensor:
         """Levels, or weights without a codec, (B, I, O) in the sweep's order; w is used up."""
@@ -172,6 +177,7 @@ class Sweep:
         assert self.codec is not None
         keep = self.keep[:, a:z]
         if self.chosen and self.fmt.cell:
+            assert isinstance(self.fmt, SparseFormat)
             keep = keep_mask(self._score(a, z), self.fmt).transpose(1, 2)
         part = self.w[:, a:z] * keep
         self.grids.append(self.codec.fit(part, self.importance[:, a:z], self.shared))
@@ -180,19 +186,20 @@ class Sweep:
 def sparse_gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    fmt: SparseFormat,
+    fmt: SparseFormat | BlockSparseFormat,
     codec: BlockCodec | None,
     *,
     damp: float = 0.03,
     keep: torch.Tensor | None = None,
+    kind: type[Sweep] = Sweep,
 ) -> tuple[Quantized | torch.Tensor, torch.Tensor]:
     """Drop and quantise B matrices, each against its own H; see above.
 
     weight: (B, O, I) float32, unchanged. hessian: (B, I, I) float32. keep: a mask (B, O, I) to hold
     to; weights it drops must be 0 then. Returns what is left, its levels 0 where dropped (without a
-    codec the weights themselves), and the mask.
+    codec the weights themselves), and the mask. kind: of the sweep.
     """
-    sweep = Sweep(weight, hessian, fmt, codec, damp, keep)
+    sweep = kind(weight, hessian, fmt, codec, damp, keep)
     levels = sweep.run()
     back = sweep.order.argsort(dim=1)
     levels = gather_rows(levels, back).transpose(1, 2).contiguous()

@@ -41,6 +41,7 @@ from bitnest.formats import (
     core_format,
 )
 from bitnest.kernels.experts import down_input, up_name
+from bitnest.quantize.advice import Witness
 from bitnest.quantize.solve import (
     Options,
     Solution,
@@ -76,7 +77,8 @@ class Solved:
 class BlockSolver:
     """Solves the sites of one block and writes the decoded weights back into the model.
 
-    parameter: gives the model parameter of a site, which must hold its weights.
+    parameter: gives the model parameter of a site, which must hold its weights. witness: is shown
+    every matrix that was solved.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class BlockSolver:
         formats: dict[str, AnyFormat],
         options: Options,
         parameter: Callable[[Site], torch.Tensor],
+        witness: Witness | None = None,
     ) -> None:
+        self.witness = witness
         self.formats = formats
         self.options = options
         self.parameter = parameter
@@ -192,6 +196,7 @@ class BlockSolver:
         for b, sites in enumerate(chosen):
             expert = sites[0].expert
             assert expert is not None
+            self._show(sites, weight[b], hessians[b], fmt, result.error[b], energy[b])
             yield from self._split(sites, result, energy, b, fmt, inputs.count(expert))
 
     def _finish(
@@ -206,7 +211,26 @@ class BlockSolver:
         if h is None and needs_statistics(fmt):  # no input ever seen: all channels alike
             h = torch.eye(weight.shape[2], device=weight.device)[None]
         result = solve(weight, h, fmt, self.options)
-        yield from self._split(sites, result, weighted_error(weight, h), 0, fmt, tokens)
+        energy = weighted_error(weight, h)
+        self._show(sites, weight[0], None if h is None else h[0], fmt, result.error[0], energy[0])
+        yield from self._split(sites, result, energy, 0, fmt, tokens)
+
+    def _show(
+        self,
+        sites: list[Site],
+        weight: torch.Tensor,
+        hessian: torch.Tensor | None,
+        fmt: PackedFormat,
+        error: torch.Tensor,
+        energy: torch.Tensor,
+    ) -> None:
+        """Show the witness each site of a stack (O, I)."""
+        start = 0
+        for site in sites if self.witness is not None else ():
+            rows = slice(start, start + site.shape[0])
+            start += site.shape[0]
+            assert self.witness is not None
+            self.witness.see(site, fmt, weight[rows], hessian, error[rows], energy[rows])
 
     def _stack(self, sites: list[Site]) -> torch.Tensor:
         """Rows of all sites, (sum of O, I) float32."""
@@ -243,7 +267,7 @@ class BlockSolver:
 def has_global(fmt: CodedFormat) -> bool:
     """Whether one scale covers the whole matrix, beside those of its blocks."""
     core = core_format(fmt)
-    base = core.base if isinstance(core, SparseFormat) else core
+    base = core.base if isinstance(core, SparseFormat) else core  # blocks go matrix by matrix
     return isinstance(base, BlockFormat) and base.scale == "e4m3"
 
 

@@ -38,9 +38,9 @@ from bitnest.formats import AnyFormat, DenseFormat, FateFormat, parse_format, wi
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
 from bitnest.manifest import FORMAT_VERSION, SiteRecord
-from bitnest.packed.decoded import DecodedCheckpoint
 from bitnest.planes import plane_width, split_streams
 from bitnest.progress import Progress, Silent
+from bitnest.quantize.advice import Advice, Witness
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows
 from bitnest.quantize.memory import Budget, release
@@ -146,8 +146,7 @@ def prepare(
     """
     skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     sites = find_sites(skeleton)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        checkpoint.check_sites(sites)
+    checkpoint.check_sites(sites)
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
     chosen = choose_device(device)
     dtype = _compute_type(compute, checkpoint, chosen)
@@ -170,9 +169,17 @@ def _compute_type(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 
 def run(
-    job: Job, out: Path, *, fresh: bool = False, progress: Progress | None = None
+    job: Job,
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    advise: Callable[[Advice], None] | None = None,
 ) -> tuple[Artifact, float]:
     """Carry out `job` into the directory `out`; returns the artifact and the seconds it took.
+
+    advise: is told, early on, what would do better than a sparse format; without it nothing is
+    measured for that.
 
     Raises:
         BitnestError: before work for whatever can be known then; during work for a full disk.
@@ -207,7 +214,7 @@ def run(
     try:
         finished = writer.begin(fresh=fresh)
         with _deterministic():
-            _Run(job, writer, budget, progress).blocks(finished)
+            _Run(job, writer, budget, progress, advise).blocks(finished)
         progress.phase("writing dense tensors", 1)
         artifact = writer.finish(
             job.checkpoint.path,
@@ -226,17 +233,26 @@ def run(
 class _Run:
     """The loop over blocks."""
 
-    def __init__(self, job: Job, writer: Writer, budget: Budget, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        writer: Writer,
+        budget: Budget,
+        progress: Progress,
+        advise: Callable[[Advice], None] | None = None,
+    ) -> None:
         self.job, self.writer, self.budget, self.progress = job, writer, budget, progress
         self.skeleton = job.skeleton
         recipe = job.recipe
         half = torch.float16 if job.checkpoint.dtype == torch.float16 else torch.bfloat16
         options = Options(
             recipe.method, recipe.damp, recipe.weighting, recipe.min_tokens, recipe.clip,
-            half, recipe.width_weights,
+            half, recipe.width_weights, recipe.prune,
         )  # fmt: skip
         self.options = options
-        self.solver = BlockSolver(job.formats, options, self._parameter)
+        self.advise = advise
+        self.witness = None if advise is None else Witness(job.sites, job.formats, options)
+        self.solver = BlockSolver(job.formats, options, self._parameter, self.witness)
         self.stream: Stream | None = None
 
     def _parameter(self, site: Site) -> torch.Tensor:
@@ -266,6 +282,9 @@ class _Run:
             self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
             release()
             self._store(layer, list(self._solve(layer, prefix)))
+            if self.advise is not None and self.witness is not None and layer == self.witness.layer:
+                for advice in self.witness.found():
+                    self.advise(advice)
             release()
             if self.stream is not None and self._read_after(layer):
                 self._propagate(layer)

@@ -31,6 +31,7 @@ from bitnest.errors import RecipeError
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
+    BlockSparseFormat,
     DenseFormat,
     LowRankFormat,
     NestedFormat,
@@ -85,7 +86,7 @@ def cuttable(fmt: PackedFormat) -> bool:
     """Whether rows can be solved a slice at a time: no stored number is fitted to all of them."""
     if isinstance(fmt, ZeroFormat):
         return True
-    if isinstance(fmt, NestedFormat):
+    if isinstance(fmt, NestedFormat | BlockSparseFormat):
         return False
     if isinstance(fmt, BlockFormat):
         return fmt.row_tile is not None and fmt.scale != "e4m3"

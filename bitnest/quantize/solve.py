@@ -19,6 +19,7 @@ import torch
 
 from bitnest.formats import (
     BlockFormat,
+    BlockSparseFormat,
     LowRankFormat,
     NestedFormat,
     PackedFormat,
@@ -26,6 +27,7 @@ from bitnest.formats import (
     TransformedFormat,
     ZeroFormat,
 )
+from bitnest.formats.wrappers import CoreFormat
 from bitnest.kernels import encode
 from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
 from bitnest.kernels.hadamard import random_signs, rotate, whole_block
@@ -140,7 +142,7 @@ def solve(
         h = None if options.method == "rtn" else hessian
         weights = dict(options.width_weights)
         return solve_nested(weight, h, fmt, half=options.half, damp=options.damp, weights=weights)
-    if isinstance(fmt, SparseFormat):
+    if isinstance(fmt, SparseFormat | BlockSparseFormat):
         return solve_sparse(
             weight, hessian, fmt, half=options.half, damp=options.damp, clip=options.clip,
             compensate=options.method != "rtn", prune=options.prune,
@@ -164,7 +166,7 @@ def narrower_errors(solution: Solution) -> tuple[torch.Tensor, ...]:
 
 def needs_statistics(fmt: PackedFormat) -> bool:
     """Whether the format cannot be chosen without inputs: even round-to-nearest needs H then."""
-    if isinstance(fmt, BlockFormat | NestedFormat | SparseFormat | ZeroFormat):
+    if isinstance(fmt, CoreFormat | ZeroFormat):
         return False
     return fmt.kind in {"awq", "perm", "lqer", "hlr"} or needs_statistics(fmt.base)
 

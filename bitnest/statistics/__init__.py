@@ -51,6 +51,7 @@ import torch
 
 from bitnest.errors import CheckpointError, StatisticsError
 from bitnest.formats import fates_apart
+from bitnest.recipe import PRUNERS
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
 from bitnest.sites import ENDS, Site
 from bitnest.statistics.header import AGAIN, HEADER, VERSION, open_header
@@ -121,6 +122,25 @@ class Statistics:
     def fates(self) -> list[str]:
         """Kinds of fates of experts whose loss is known (`calibrate/fate_losses`)."""
         return list((self.header.get("fates") or {"kinds": ()})["kinds"])
+
+    @property
+    def prune(self) -> str:
+        """How sparse candidates chose what stays."""
+        return str(self.header["options"].get("prune", PRUNERS[0]))
+
+    def check_prune(self, prune: str, formats: Sequence[str]) -> None:
+        """Refuse to go by losses of another way to prune than the one that is to be carried out.
+
+        Raises:
+            StatisticsError: one of the formats is sparse, and they are.
+        """
+        if prune != self.prune and any("%" in name for name in formats):
+            raise StatisticsError(
+                f"these statistics were measured with --prune {self.prune}, not {prune}",
+                where=str(self.path),
+                hint=f"--prune {self.prune}; or bitnest analyze MODEL --prune {prune} -o DIR, and "
+                "--statistics DIR",
+            )
 
     def check_formats(self, names: Sequence[str], otherwise: str = "") -> None:
         """Refuse formats that were not measured. otherwise: another way on, for the hint.

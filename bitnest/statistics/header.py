@@ -116,6 +116,7 @@ def _check_agreement(header: Mapping[str, Any]) -> None:
         "importance": importance["kind"] == options["importance"]
         and len(importance["predictions"]) == len(labels),
         "probes": all(_probe_fits(p, labels, len(formats), sites) for p in header["probes"]),
+        "source": _adapters_fit(header["source"].get("merged", [])),
         "layers": all(_layer_fits(layer, number) for number, layer in enumerate(layers)),
         "files": sorted(files) == sorted(layer["file"] for layer in layers)
         and all(Path(name).name == name for name in files),  # none is followed elsewhere
@@ -151,6 +152,12 @@ def _probe_fits(probe: Mapping[str, Any], labels: list[str], formats: int, sites
         and all(f is None or 0 <= f < formats for f in probe["plan"])
         and set(own) <= set(labels)
         and all(0 <= item["label"] < len(own) for item in probe["measured"])
+    )
+
+
+def _adapters_fit(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(item, dict) and {"adapter", "sha256", "scale"} <= item.keys() for item in found
     )
 
 

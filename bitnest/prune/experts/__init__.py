@@ -1,1 +1,1 @@
-"""Which experts go: how much each gives, what can take its place, and what the router then needs."""
+"""Which experts go, what takes their place, and what the router then needs."""

@@ -34,11 +34,13 @@ from bitnest.errors import UnsupportedModel
 from bitnest.expert_axes import ExpertAxes, expert_axes
 from bitnest.kernels.experts import expert_output
 from bitnest.progress import Progress
+from bitnest.reduced_config import GROUPS, first_of
 from bitnest.skeleton import Skeleton
 
 ROWS = 4096  # tokens kept of a layer, at most
 OUTPUTS = 1 << 30  # bytes that all experts' outputs on them may take
 TINY = 1e-30
+FORBIDDEN = -1e9  # of a router's bias
 
 
 @dataclass
@@ -47,9 +49,9 @@ class LayerProbe:
 
     block: its number. name: of the experts module. module: it. parent: what holds it and its
     router. axes: of the model. x: (n, hidden), as `parent` read them. label: (n,) dataset numbers.
-    scale: (n,). outputs: (E, n, hidden)
-    float32, before gates, after post norms. index, gates: (n, k). target: (n, hidden), what the
-    experts give together.
+    scale: (n,). groups: that its router chooses among, of as many experts each. outputs:
+    (E, n, hidden) float32, before gates, after post norms. index, gates: (n, k). target:
+    (n, hidden), what the experts give together.
     """
 
     block: int
@@ -60,6 +62,7 @@ class LayerProbe:
     x: torch.Tensor
     label: torch.Tensor
     scale: torch.Tensor
+    groups: int = 1
     outputs: torch.Tensor = field(init=False)
     index: torch.Tensor = field(init=False)
     gates: torch.Tensor = field(init=False)
@@ -85,8 +88,24 @@ class LayerProbe:
 
     def choices(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the router chooses with `rows` of its rows alone: places in `rows` (n, k), and gates
-        (n, k) float32."""
-        with self._cut(list(rows)):
+        (n, k) float32.
+
+        Routers with a bias for each expert (all of those that choose among groups) are given one
+        that forbids the others; of the rest the rows are cut out.
+        """
+        rows = list(rows)
+        biases = [
+            (name, old) for name, _, old in self.router_tensors() if old.numel() == self.experts
+        ]
+        if biases and rows != list(range(self.experts)):
+            with self._silenced(rows, biases):
+                index, gates, _ = self._run()
+            place = torch.full((self.experts,), -1, device=index.device)
+            place[rows] = torch.arange(len(rows), device=index.device)
+            if bool((place[index] < 0).any()):
+                raise _unreachable(self.name, "its router chooses what its bias forbids")
+            return place[index], gates
+        with self._cut(rows):
             index, gates, _ = self._run()
         return index, gates
 
@@ -158,6 +177,29 @@ class LayerProbe:
         """What the experts are given: for some families not what their parent is."""
         return self._run()[2].detach()
 
+    def router_tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        """The router's tensors that have something for each expert: name, along which dimensions,
+        the tensor as it is now."""
+        path = self.name.rpartition(".")[0]
+        modules = dict(self.parent.named_modules(prefix=path))
+        for name, dims in self.axes.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner in modules and not self.axes.of_experts(self.block, name):
+                yield name, dims, getattr(modules[owner], leaf)
+
+    @contextmanager
+    def _silenced(self, rows: list[int], biases: list[tuple[str, torch.Tensor]]) -> Iterator[None]:
+        """The router with a bias that keeps it from choosing other rows than these."""
+        off = [e for e in range(self.experts) if e not in set(rows)]
+        saved = [tensor.detach().clone() for _, tensor in biases]
+        for _, tensor in biases:
+            tensor.data.view(-1)[off] = FORBIDDEN
+        try:
+            yield
+        finally:
+            for (_, tensor), old in zip(biases, saved, strict=True):
+                tensor.data.copy_(old)
+
     @contextmanager
     def _cut(self, rows: list[int]) -> Iterator[None]:
         """The router with some of its rows."""
@@ -165,23 +207,17 @@ class LayerProbe:
             yield
             return
         at = torch.as_tensor(rows)
-        model_path = self.name.rpartition(".")[0]
+        modules = dict(self.parent.named_modules(prefix=self.name.rpartition(".")[0]))
         undo = []
-        modules = dict(self.parent.named_modules(prefix=model_path))
-        for name, dims in self.axes.tensors.items():
+        for name, dims, old in self.router_tensors():
             path, _, leaf = name.rpartition(".")
-            if path not in modules or self.axes.of_experts(self.block, name):
-                continue
-            owner = modules[path]
-            table = owner._parameters if leaf in owner._parameters else owner._buffers
-            old = table[leaf]
-            assert old is not None
-            new = old
+            table = modules[path]._parameters if isinstance(old, nn.Parameter) else None
+            table = modules[path]._buffers if table is None else table  # type: ignore[assignment]
+            new: torch.Tensor = old
             for dim in dims:
                 new = new.index_select(dim, at.to(old.device))
-            table[leaf] = (  # type: ignore[assignment]
-                nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-            )
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            table[leaf] = new  # type: ignore[index, assignment]
             undo.append((table, leaf, old))
         numbers = []
         for (path, attribute), value in self.axes.numbers.items():
@@ -195,7 +231,7 @@ class LayerProbe:
             yield
         finally:
             for table, leaf, old in undo:
-                table[leaf] = old
+                table[leaf] = old  # type: ignore[index, assignment]
             for owner, attribute, value in numbers:
                 setattr(owner, attribute, value)
 
@@ -233,6 +269,7 @@ def probe_layers(
     total = calibration.tokens.numel()
     chosen = torch.linspace(0, total - 1, min(total, limit), dtype=torch.float64).long()
     last = max(axes.modules)
+    groups = first_of(skeleton.model.config.get_text_config(), GROUPS, 1)
     progress.phase("probing experts", last + 1)
     for layer in range(last + 1):
         prefix = f"{skeleton.prefix}.{layer}"
@@ -253,7 +290,7 @@ def probe_layers(
                 yield LayerProbe(
                     layer, name, skeleton.model.get_submodule(name), parent, axes,
                     x.float().to(device), numbers[chosen // length].to(device),
-                    state.square().sum(1).clamp_min(TINY).to(device),
+                    state.square().sum(1).clamp_min(TINY).to(device), groups,
                 )  # fmt: skip
         finally:
             skeleton.drop(prefix)

@@ -19,9 +19,9 @@ those of the last round are bounds, and only the lowest are taken anew until one
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -84,22 +84,30 @@ SIMPLE: Mapping[str, Callable[[LayerProbe], torch.Tensor]] = {
 def elimination(probe: LayerProbe, least: int) -> list[tuple[int, float]]:
     """Experts in the order they go, until `least` are left, each with the layer's relative error
     once it is gone too."""
-    left = list(range(probe.experts))
-    heap = [(float(error), e) for e, error in enumerate(relative(probe))]
-    heapq.heapify(heap)
+    known = dict(enumerate(relative(probe).tolist()))
+    sure = set(known)  # whose errors are of what is left now
     order: list[tuple[int, float]] = []
-    fresh = True  # the errors on the heap are of `left`
-    while len(left) > max(least, probe.top_k):
-        error, expert = heapq.heappop(heap)
-        while not fresh:
-            error = probe.without([e for e in left if e != expert])
-            if not heap or error <= heap[0][0]:
-                break
-            error, expert = heapq.heapreplace(heap, (error, expert))
-        left.remove(expert)
-        order.append((expert, error))
-        fresh = False
+    while len(known) > max(least, probe.top_k):
+        free = [e for e in known if _may_go(probe, list(known), e, least)]
+        while (expert := min(free, key=known.__getitem__)) not in sure:
+            known[expert] = probe.without([e for e in known if e != expert])
+            sure.add(expert)
+        order.append((expert, known.pop(expert)))
+        sure = set()
     return order
+
+
+def _may_go(probe: LayerProbe, left: Sequence[int], expert: int, least: int) -> bool:
+    """Whether its group has more left than its share of `least`."""
+    size = probe.experts // probe.groups
+    return sum(e // size == expert // size for e in left) > least // probe.groups
+
+
+def _best_of_groups(probe: LayerProbe, score: torch.Tensor, keep: int) -> list[int]:
+    """Of every group of the router as many, the best, ascending."""
+    size, share = probe.experts // probe.groups, keep // probe.groups
+    order = score.view(probe.groups, size).argsort(dim=1, descending=True, stable=True)[:, :share]
+    return sorted((order + size * torch.arange(probe.groups)[:, None]).flatten().tolist())
 
 
 def enumerated(probe: LayerProbe, keep: int) -> list[int]:
@@ -115,11 +123,20 @@ def enumerated(probe: LayerProbe, keep: int) -> list[int]:
             where="--score naee",
             hint=f"it tries every one, up to {FEW:,}: --score relative",
         )
-    return list(min(combinations(range(probe.experts), keep), key=probe.without))
+    every = [list(own) for own in combinations(range(probe.experts), keep)]
+    size, share = probe.experts // probe.groups, keep // probe.groups
+    if probe.groups > 1:
+        every = [own for own in every if _even(own, size, share)]
+    errors = [probe.without(own) for own in every]
+    return every[errors.index(min(errors))]
+
+
+def _even(kept: Sequence[int], size: int, share: int) -> bool:
+    return set(Counter(e // size for e in kept).values()) == {share}
 
 
 def ranked(probe: LayerProbe, score: str, keep: int, rows: torch.Tensor | None = None) -> list[int]:
-    """The experts to keep, ascending. rows: for `fisher`.
+    """The experts to keep, ascending; of a router's groups as many each. rows: for `fisher`.
 
     Raises:
         RecipeError: an unknown score, or too many subsets.
@@ -137,5 +154,4 @@ def ranked(probe: LayerProbe, score: str, keep: int, rows: torch.Tensor | None =
         found = SIMPLE[score](probe)
     else:
         raise RecipeError(f"unknown score '{score}'", hint="one of " + ", ".join(SCORES))
-    order = found.argsort(descending=True, stable=True)[:keep]
-    return sorted(order.tolist())
+    return _best_of_groups(probe, found.cpu(), keep)

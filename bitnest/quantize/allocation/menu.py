@@ -19,7 +19,7 @@ import numpy as np
 from bitnest.calibrate.fate_losses import Offer
 from bitnest.calibrate.predict import DROP, WHOLE, depths, whole_experts
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, parse_format
+from bitnest.formats import AnyFormat, code_bits, parse_format
 from bitnest.quantize.allocation.problem import Bundle
 from bitnest.recipe import sized
 from bitnest.sites import Site
@@ -318,7 +318,7 @@ def _sizes(sites: Sequence[Site], formats: Sequence[AnyFormat]) -> tuple[np.ndar
         if site.shape not in known:
             known[site.shape] = (
                 [fmt.nbytes(site.shape) for fmt in formats],
-                [round(fmt.bits * site.numel) for fmt in formats],
+                [code_bits(fmt, site.shape) for fmt in formats],
             )
     nbytes = np.array([known[site.shape][0] for site in sites], dtype=np.int64)
     bits = np.array([known[site.shape][1] for site in sites], dtype=np.int64)

@@ -8,6 +8,7 @@ from bitnest.quantize.allocation.policies.bitnest import bitnest
 from bitnest.quantize.allocation.policies.common import Evidence, Policy
 from bitnest.quantize.allocation.policies.frequency import frequency
 from bitnest.quantize.allocation.policies.handmade import handmade
+from bitnest.quantize.allocation.policies.lpvit import lpvit
 from bitnest.quantize.allocation.policies.mcmoe import mcmoe
 from bitnest.quantize.allocation.policies.moqa import moqa
 from bitnest.quantize.allocation.policies.mxmoe import mxmoe
@@ -22,6 +23,7 @@ POLICIES: dict[str, Policy] = {
     "mcmoe": mcmoe,
     "baq": baq,
     "mxmoe": mxmoe,
+    "lpvit": lpvit,
 }
 
 __all__ = ["POLICIES", "Evidence", "Policy"]

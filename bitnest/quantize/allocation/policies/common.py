@@ -20,6 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from bitnest.calibrate.predict import DROP
+from bitnest.formats import kept_weights, parse_format
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.objective import Objective
 from bitnest.quantize.allocation.problem import BudgetError
@@ -49,17 +50,33 @@ class Evidence:
         return self.objective.menu
 
     @cached_property
+    def macs(self) -> np.ndarray:
+        """Multiply-accumulates per token of every choice, (N, F): weights kept times the share of
+        tokens that reach the item."""
+        formats = [parse_format(name) for name in self.menu.formats]
+        known: dict[tuple[int, int], np.ndarray] = {}
+        for item in self.menu.items:
+            for site in item:
+                if site.shape not in known:
+                    known[site.shape] = np.array([kept_weights(f, site.shape) for f in formats])
+        kept = [np.sum([known[s.shape] for s in item], axis=0) for item in self.menu.items]
+        return np.stack(kept) * self.share[:, None]
+
+    @cached_property
     def ladder(self) -> list[np.ndarray]:
-        """Choices of every item, one per width, ascending."""
+        """Choices of every item, one per width, ascending; a sparse format only at widths, rounded,
+        that no other has."""
         menu = self.menu
         order = np.lexsort((menu.nbytes.sum(axis=0), menu.widths))
         usable = [f for f in order if menu.formats[f] != DROP]
+        usable.sort(key=lambda f: "%" in menu.formats[f])
         ladder = []
         for allowed in menu.allowed:
             steps: dict[int, int] = {}
             for f in usable:
                 if allowed[f]:
                     steps.setdefault(round(float(menu.widths[f])), int(f))
+            steps = dict(sorted(steps.items()))
             if len(steps) > MANY:  # nobody keeps 16 bits where eight lose nothing
                 steps = {width: f for width, f in steps.items() if width <= 8}
             ladder.append(np.array(list(steps.values())))

@@ -1,0 +1,341 @@
+"""prune, as a function: fewer experts and fewer blocks, written as an ordinary checkpoint.
+
+`reduction.json` beside its files says what went, and what that was measured to cost layer by layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
+from bitnest.checkpoint import Checkpoint
+from bitnest.device import choose_device
+from bitnest.errors import RecipeError
+from bitnest.packed.decoded import open_checkpoint
+from bitnest.packed.loading import load_tokenizer
+from bitnest.progress import Progress, Silent
+from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES
+
+if TYPE_CHECKING:
+    from bitnest.calibrate.data import CalibrationSet
+    from bitnest.prune.experts.choose import Reduced
+    from bitnest.reduced import ReducedCheckpoint
+    from bitnest.reduction import Reduction
+    from bitnest.repair.routers import Tuned
+    from bitnest.skeleton import Skeleton
+
+RECORD = "reduction.json"
+STEPS = 96  # of tuning routers
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to go. errors: block -> relative error of its experts' output, by itself. similar:
+    block -> 1 - cosine of what it reads and gives, of every block, where blocks go. tuned: of the
+    routers, None if they were not."""
+
+    reduction: Reduction
+    errors: dict[int, float]
+    similar: dict[int, float]
+    tuned: Tuned | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        tuned = None
+        if self.tuned is not None:
+            tuned = {
+                "kl_before": self.tuned.before, "kl_after": self.tuned.after,
+                "steps": self.tuned.steps, "kept": bool(self.tuned.tensors),
+            }  # fmt: skip
+        return {
+            **self.reduction.summary(), "errors": {str(b): e for b, e in self.errors.items()},
+            "similar": {str(b): s for b, s in self.similar.items()}, "router": tuned,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished pruning. before, nbytes: of the tensors. experts: per layer, before and now.
+    blocks: before and now."""
+
+    path: Path
+    before: int
+    nbytes: int
+    experts: tuple[int, int]
+    blocks: tuple[int, int]
+    sha256: str
+    chosen: Chosen
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        rest = {k: v for k, v in vars(self).items() if k not in {"path", "chosen"}}
+        return {"path": str(self.path), **rest, "reduction": self.chosen.to_json()}
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    lora: Sequence[str] = (),
+    experts: str | None = None,
+    blocks: int = 0,
+    score: str = "relative",
+    fate: str = "drop",
+    align: bool = False,
+    tune: bool = True,
+    data: Sequence[str] = (),
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    statistics: str | Path | None = None,
+    device: str | None = None,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Write `model` with fewer experts and blocks into the directory `out`.
+
+    lora: adapters, PATH or PATH:scale, merged in first. experts: how many to keep of every layer,
+    `12`, or `75%`. blocks: how many to leave out. score:
+    which experts go, see `prune.experts.scores`. fate: drop or merge. align: neurons before they
+    are merged. tune: the routers afterwards, where that is measured to help. data, samples, length,
+    seed: calibration texts, windows and tokens. statistics: for the score `fisher`. fresh: discard
+    an unfinished run.
+
+    Raises:
+        RecipeError: nothing to do, or what no layer can be left with.
+        UnsupportedModel: a model whose experts or blocks cannot go.
+        CheckpointError, ArtifactError, DataError: what is read or written.
+    """
+    from bitnest.api.writing import write_checkpoint
+    from bitnest.workdir import in_the_way, is_empty
+
+    out = Path(out).absolute()
+    if experts is None and not blocks:
+        raise RecipeError("nothing to prune", hint="--experts 75%, or --blocks 2")
+    if fate not in {"drop", "merge"}:
+        raise RecipeError(
+            f"'{fate}' is no ordinary model", where="--fate",
+            hint="drop or merge; zero, copy and constant experts need bitnest's runtime: "
+            "bitnest compress MODEL --candidate constant",
+        )  # fmt: skip
+    if not is_empty(out):
+        raise in_the_way(out)
+    base = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
+    maker = Pruner(
+        base, data=data, samples=samples, length=length, seed=seed, device=device,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
+    chosen = maker.choose(
+        experts, blocks=blocks, score=score, fate=fate, align=align, statistics=statistics
+    )
+    if tune and chosen.reduction.experts:
+        chosen = maker.tuned(chosen)
+    reduced = maker.reduced(chosen.reduction)
+
+    def content() -> dict[str, Any]:
+        return {"base": base.scan(), **chosen.to_json()}
+
+    digest = write_checkpoint(
+        reduced, out, record=(RECORD, content), fresh=fresh, progress=progress
+    )
+    layers = chosen.reduction.experts
+    before = maker.axes.count if layers else 0
+    now = len(next(iter(layers.values())).slots) if layers else 0
+    count = len(maker.skeleton.blocks)
+    return PruneResult(
+        out, base.nbytes, reduced.nbytes, (before, now),
+        (count, count - len(chosen.reduction.dropped)), digest, chosen,
+    )  # fmt: skip
+
+
+class Pruner:
+    """A model, its calibration text, and what may go."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        *,
+        data: Sequence[str] = (),
+        samples: int = DEFAULT_SAMPLES,
+        length: int = DEFAULT_LENGTH,
+        seed: int = 0,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """See `prune`."""
+        from bitnest.skeleton import Skeleton
+
+        self.base, self.seed, self.trust = base, seed, trust_remote_code
+        self.progress = progress or Silent()
+        self.device = choose_device(device)
+        self.skeleton: Skeleton = Skeleton.build(base, trust_remote_code=trust_remote_code)
+        check_length(self.skeleton.model.config, length)
+        tokenizer = load_tokenizer(base.path, trust_remote_code=trust_remote_code)
+        found = calibration_set(tokenizer, sources(data), samples, length, seed)
+        check_vocabulary(self.skeleton.model, found, base)
+        self.calibration: CalibrationSet = found
+
+    @property
+    def axes(self) -> Any:
+        """What grows with the experts."""
+        from bitnest.expert_axes import expert_axes
+
+        return expert_axes(self.skeleton.model, self.skeleton.prefix)
+
+    def choose(
+        self,
+        experts: str | None,
+        *,
+        blocks: int = 0,
+        score: str = "relative",
+        fate: str = "drop",
+        align: bool = False,
+        ordinary: bool = True,
+        statistics: str | Path | None = None,
+    ) -> Chosen:
+        """What goes; see `prune`. ordinary: merged experts have one router row each.
+
+        Raises:
+            BitnestError: as `prune`.
+        """
+        from bitnest.prune.blocks import least_blocks
+        from bitnest.prune.experts.choose import reduce_layer
+        from bitnest.prune.experts.probe import probe_layers
+        from bitnest.prune.experts.scores import SCORES
+
+        if score not in SCORES:
+            raise RecipeError(f"unknown score '{score}'", hint="one of " + ", ".join(SCORES))
+        dropped: tuple[int, ...] = ()
+        similar: dict[int, float] = {}
+        dtype = torch.float32
+        if blocks:
+            dropped, similar = least_blocks(
+                self.skeleton, self.calibration, blocks,
+                dtype=dtype, device=self.device, progress=self.progress,
+            )  # fmt: skip
+        layers: dict[int, Reduced] = {}
+        errors: dict[int, float] = {}
+        if experts is not None:
+            keep = kept_experts(experts, self.axes.count)
+            rows = _fisher(statistics) if score == "fisher" else None
+            for probe in probe_layers(
+                self.skeleton, self.calibration, dtype=dtype, device=self.device,
+                progress=self.progress,
+            ):  # fmt: skip
+                if probe.block in dropped:
+                    continue
+                own = None if rows is None else rows(probe.name)
+                found = reduce_layer(
+                    probe, keep, score=score, fate=fate, align=align, ordinary=ordinary, fisher=own
+                )
+                layers[probe.block] = found
+                if found.layer.plain and not found.rows:
+                    errors[probe.block] = probe.without([o.experts[0] for o in found.layer.slots])
+        return Chosen(self._reduction(layers, dropped), errors, similar)
+
+    def _reduction(self, layers: dict[int, Reduced], dropped: tuple[int, ...]) -> Reduction:
+        from bitnest.reduction import Reduction
+        from bitnest.resized import CONSTANTS
+
+        tensors = {}
+        for block, found in layers.items():
+            for name, values in found.rows.items():
+                tensors[self._stored(name)] = values
+            if found.constants is not None:
+                tensors[f"{self.axes.modules[block]}.{CONSTANTS}"] = found.constants
+        return Reduction({b: found.layer for b, found in layers.items()}, dropped, tensors)
+
+    def _stored(self, name: str) -> str:
+        """The checkpoint's name of a router's tensor."""
+        return self.skeleton.sources[name].names[0]
+
+    def reduced(self, reduction: Reduction) -> ReducedCheckpoint:
+        """The model without what goes."""
+        from bitnest.reduced import ReducedCheckpoint
+
+        return ReducedCheckpoint.of(self.base, reduction, trust_remote_code=self.trust)
+
+    def tuned(self, chosen: Chosen, steps: int = STEPS) -> Chosen:
+        """The same with its routers tuned; see `repair.routers`.
+
+        Raises:
+            DataError: too few windows.
+        """
+        from dataclasses import replace
+
+        from bitnest.repair.routers import tune_routers
+        from bitnest.skeleton import Skeleton
+
+        reduction = chosen.reduction
+        student = Skeleton.build(self.reduced(reduction), trust_remote_code=self.trust)
+        found = tune_routers(
+            self.skeleton, student, self.axes, self.calibration, dropped=reduction.dropped,
+            steps=steps, device=self.device, dtype=torch.float32, seed=self.seed,
+            progress=self.progress,
+        )  # fmt: skip
+        tensors = {self._stored(name): values for name, values in found.tensors.items()}
+        reduction = replace(reduction, tensors={**reduction.tensors, **tensors})
+        return replace(chosen, reduction=reduction, tuned=found)
+
+
+def kept_experts(text: str, count: int) -> int:
+    """`12` or `75%` of `count` experts.
+
+    Raises:
+        RecipeError: no such number.
+    """
+    try:
+        value = float(text[:-1]) / 100 * count if text.endswith("%") else float(int(text))
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= count or not math.isfinite(value):
+        raise RecipeError(
+            f"'{text}' of {count} experts", where="--experts",
+            hint=f"how many to keep: 1 to {count}, or 75%",
+        )  # fmt: skip
+    return max(1, round(value))
+
+
+def _fisher(statistics: str | Path | None) -> Callable[[str], torch.Tensor]:
+    """By experts module, squared gradients at what the layer gives, (hidden,).
+
+    Those of each expert's output hold its gate squared; summed over experts, and divided by the
+    mean sum of squared gates, they are the layer's.
+
+    Raises:
+        RecipeError: no statistics.
+        StatisticsError: they hold none.
+    """
+    from bitnest.errors import StatisticsError
+    from bitnest.statistics import Statistics
+
+    if statistics is None:
+        raise RecipeError("the score 'fisher' needs gradients", where="--score",
+                          hint="bitnest analyze MODEL -o DIR, and --statistics DIR")  # fmt: skip
+    opened = Statistics.open(statistics)
+
+    def rows(name: str) -> torch.Tensor:
+        for number, layer in enumerate(opened.layers):
+            for place, own in enumerate(layer.get("experts", ())):
+                if own["name"] != name:
+                    continue
+                found = opened.read(number, f"fisher.{name}.down_proj")
+                norms = opened.read(number, f"experts.{place}.norms")
+                tokens = opened.read(number, f"experts.{place}.up.tokens")
+                if found is None or norms is None or tokens is None:
+                    break
+                squares = norms[..., 1].sum(1) / (tokens.sum(1) / own["top_k"]).clamp_min(1)
+                layer_rows = found.sum(1) / squares.clamp_min(1e-12)[:, None]
+                return layer_rows.mean(0).float()
+        raise StatisticsError(f"no gradients of {name}", where=str(opened.path),
+                              hint="bitnest analyze with --importance kl")  # fmt: skip
+
+    return rows
