@@ -4,9 +4,9 @@
         [--fates drop,constant,copy,merge] [--work DIR] [--samples N] [--length N] [--windows N]
 
 Every text is cut in half: the first halves calibrate, the second halves are measured on. Candidates
-are int2 to int8 in groups of 128. The plan without fates gets the bits, the plan with them the size
-that the other was said to take at most (embedding and head stay as they are in both). DIR keeps
-what was made. The last line of stdout is one JSON object.
+are int2 to int8 in groups of 128. Both plans get one size, that of a plan without fates at so many
+bits (embedding and head stay as they are). DIR keeps what was made. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print("bits   fates      bytes       predicted   KL        standard error   gone")
     for bits in (float(text) for text in args.bits.split(",")):
-        plain = measure(args, statistics, second, work, bits, None, [])
-        rows += [plain, measure(args, statistics, second, work, bits, plain["said"], kinds)]
+        size = api.plan(
+            args.model, statistics=statistics, candidates=api.CANDIDATES, bits=bits, ends=False
+        ).sizes.total
+        for fates in ([], kinds):
+            rows.append(measure(args, statistics, second, work, bits, size, fates))
         for row in rows[-2:]:
             gone = ", ".join(f"{count} {name}" for name, count in row["gone"].items()) or "-"
             print(
@@ -66,21 +69,20 @@ def measure(
     second: list[str],
     work: Path,
     bits: float,
-    size: int | None,
+    size: int,
     kinds: list[str],
 ) -> dict[str, Any]:
-    """One plan, carried out and measured. size: of the artifact, in place of bits."""
+    """One plan, carried out and measured. size: of the artifact."""
     from bitnest import api
     from bitnest.formats import FateFormat, parse_format
     from bitnest.packed.decoded import open_checkpoint
     from bitnest.quantize.compress import prepare
     from bitnest.recipe import Recipe
 
-    dial: dict[str, Any] = {"bits": bits} if size is None else {"size": size}
-    planned = api.plan(
-        args.model, statistics=statistics, candidates=[*api.CANDIDATES, *kinds], ends=False, **dial
-    )
-    plan = planned.plan
+    plan = api.plan(
+        args.model, statistics=statistics, candidates=[*api.CANDIDATES, *kinds], size=size,
+        ends=False,
+    ).plan  # fmt: skip
     out = work / f"{bits:g}-{'with' if kinds else 'without'}"
     shutil.rmtree(out, ignore_errors=True)
     made = api.compress(
@@ -102,7 +104,7 @@ def measure(
             gone[fate.kind] = gone.get(fate.kind, 0) + 1
     assert made.predicted is not None
     return {
-        "bits": bits, "fates": kinds, "bytes": made.artifact_bytes, "said": planned.sizes.total,
+        "bits": bits, "fates": kinds, "bytes": made.artifact_bytes,
         "gone": gone,
         "predicted": made.predicted["mean"], "kl": sum(kl) / len(kl),
         "error": sum(e * e for e in error) ** 0.5 / len(error),
