@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.predicted_kl import halves, machine
 
-SCORES = ("relative", "reap", "frequency", "gate", "output", "fisher", "naee")
+SCORES = ("measured", "relative", "reap", "frequency", "gate", "output", "fisher", "naee")
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
                 sys.stderr.write(f"{keep} {name}: {error}\n")
                 continue
             rows.append(row(args, work, pruner, chosen, keep, name, started, second))
-            if name in {"relative", "reap", "constant"}:
+            if name in {"measured", "constant"}:
                 started = time.monotonic()
                 tuned = pruner.tuned(chosen)
                 rows.append(row(args, work, pruner, tuned, keep, f"{name}, tuned", started, second))
@@ -71,7 +71,9 @@ def variants(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = [
         (score, {"score": score, "statistics": args.statistics}) for score in SCORES
     ]
-    found += [(fate, {"fate": fate}) for fate in ("zero", "copy", "constant", "best")]
+    found += [
+        (fate, {"fate": fate, "score": "relative"}) for fate in ("zero", "copy", "constant", "best")
+    ]
     for aligned in (False, True):
         name = "merge aligned" if aligned else "merge"
         found += [(name, {"fate": "merge", "align": aligned})]

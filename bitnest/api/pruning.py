@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bitnest.device import choose_device
 from bitnest.errors import RecipeError
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
+from bitnest.packed.modules import free_memory
 from bitnest.progress import Progress, Silent
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES
 
@@ -37,12 +39,15 @@ STEPS = 96  # of tuning routers
 @dataclass(frozen=True)
 class Chosen:
     """What is to go. errors: block -> relative error of its experts' output, by itself. similar:
-    block -> 1 - cosine of what it reads and gives, of every block, where blocks go. tuned: of the
-    routers, None if they were not."""
+    block -> 1 - cosine of what it reads and gives, of every block, where blocks go. score: that
+    experts were chosen by. measured: KL on the calibration text by score, where several were tried.
+    tuned: of the routers, None if they were not."""
 
     reduction: Reduction
     errors: dict[int, float]
     similar: dict[int, float]
+    score: str = ""
+    measured: dict[str, float] = field(default_factory=dict)
     tuned: Tuned | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +60,8 @@ class Chosen:
             }  # fmt: skip
         return {
             **self.reduction.summary(), "errors": {str(b): e for b, e in self.errors.items()},
-            "similar": {str(b): s for b, s in self.similar.items()}, "router": tuned,
+            "similar": {str(b): s for b, s in self.similar.items()}, "score": self.score,
+            "measured": self.measured, "router": tuned,
         }  # fmt: skip
 
 
@@ -85,10 +91,10 @@ def prune(
     lora: Sequence[str] = (),
     experts: str | None = None,
     blocks: int = 0,
-    score: str = "relative",
+    score: str = "measured",
     fate: str = "drop",
     align: bool = False,
-    tune: bool = True,
+    tune: bool | None = None,
     data: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
@@ -104,7 +110,8 @@ def prune(
     lora: adapters, PATH or PATH:scale, merged in first. experts: how many to keep of every layer,
     `12`, or `75%`. blocks: how many to leave out. score:
     which experts go, see `prune.experts.scores`. fate: drop or merge. align: neurons before they
-    are merged. tune: the routers afterwards, where that is measured to help. data, samples, length,
+    are merged. tune: the routers afterwards, where that is measured to help; None: if the memory
+    holds the model, which the score `measured` needs too. data, samples, length,
     seed: calibration texts, windows and tokens. statistics: for the score `fisher`. fresh: discard
     an unfinished run.
 
@@ -132,10 +139,13 @@ def prune(
         base, data=data, samples=samples, length=length, seed=seed, device=device,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
+    whole = maker.fits()
+    if score == "measured" and not whole:
+        score = "relative"
     chosen = maker.choose(
         experts, blocks=blocks, score=score, fate=fate, align=align, statistics=statistics
     )
-    if tune and chosen.reduction.experts:
+    if (whole if tune is None else tune) and chosen.reduction.experts:
         chosen = maker.tuned(chosen)
     reduced = maker.reduced(chosen.reduction)
 
@@ -195,7 +205,7 @@ class Pruner:
         experts: str | None,
         *,
         blocks: int = 0,
-        score: str = "relative",
+        score: str = "measured",
         fate: str = "drop",
         align: bool = False,
         ordinary: bool = True,
@@ -209,7 +219,7 @@ class Pruner:
         from bitnest.prune.blocks import least_blocks
         from bitnest.prune.experts.choose import reduce_layer
         from bitnest.prune.experts.probe import probe_layers
-        from bitnest.prune.experts.scores import SCORES
+        from bitnest.prune.experts.scores import SCORES, TRIED
 
         if score not in SCORES:
             raise RecipeError(f"unknown score '{score}'", hint="one of " + ", ".join(SCORES))
@@ -221,25 +231,58 @@ class Pruner:
                 self.skeleton, self.calibration, blocks,
                 dtype=dtype, device=self.device, progress=self.progress,
             )  # fmt: skip
-        layers: dict[int, Reduced] = {}
-        errors: dict[int, float] = {}
-        if experts is not None:
-            keep = kept_experts(experts, self.axes.count)
-            rows = _fisher(statistics) if score == "fisher" else None
-            for probe in probe_layers(
-                self.skeleton, self.calibration, dtype=dtype, device=self.device,
-                progress=self.progress,
-            ):  # fmt: skip
-                if probe.block in dropped:
-                    continue
-                own = None if rows is None else rows(probe.name)
+        if experts is None:
+            return Chosen(self._reduction({}, dropped), {}, similar)
+        keep = kept_experts(experts, self.axes.count)
+        rows = _fisher(statistics) if score == "fisher" else None
+        names = TRIED if score == "measured" else (score,)
+        names = ("",) if fate == "merge" else names  # which clusters all
+        tried: dict[str, dict[int, Reduced]] = {name: {} for name in names}
+        errors: dict[str, dict[int, float]] = {name: {} for name in names}
+        for probe in probe_layers(
+            self.skeleton, self.calibration, dtype=dtype, device=self.device,
+            progress=self.progress,
+        ):  # fmt: skip
+            if probe.block in dropped:
+                continue
+            own = None if rows is None else rows(probe.name)
+            for name in names:
                 found = reduce_layer(
-                    probe, keep, score=score, fate=fate, align=align, ordinary=ordinary, fisher=own
+                    probe, keep, score=name, fate=fate, align=align, ordinary=ordinary, fisher=own
                 )
-                layers[probe.block] = found
+                tried[name][probe.block] = found
                 if found.layer.plain and not found.rows:
-                    errors[probe.block] = probe.without([o.experts[0] for o in found.layer.slots])
-        return Chosen(self._reduction(layers, dropped), errors, similar)
+                    kept = [own.experts[0] for own in found.layer.slots]
+                    errors[name][probe.block] = probe.without(kept)
+        chosen = {
+            name: Chosen(self._reduction(layers, dropped), errors[name], similar, name)
+            for name, layers in tried.items()
+        }
+        return self._least(list(chosen.values()))
+
+    def _least(self, chosen: list[Chosen]) -> Chosen:
+        """Of several the one whose KL is lowest; of equal ones the first."""
+        from bitnest.repair.routers import divergences
+        from bitnest.skeleton import Skeleton
+
+        distinct = {own.reduction.sha256: own for own in reversed(chosen)}
+        own = [one for one in chosen if distinct[one.reduction.sha256] is one]
+        if len(own) == 1:
+            return own[0]
+        candidates = [
+            Skeleton.build(self.reduced(one.reduction), trust_remote_code=self.trust) for one in own
+        ]
+        found = divergences(
+            self.skeleton, candidates, self.calibration, device=self.device, dtype=torch.float32,
+            progress=self.progress,
+        )  # fmt: skip
+        measured = {one.score: kl for one, kl in zip(own, found, strict=True)}
+        return replace(own[found.index(min(found))], measured=measured)
+
+    def fits(self) -> bool:
+        """Whether half of the free memory holds the model in float32, as tuning needs it."""
+        weights = sum(prod(info.shape) for info in self.base.tensors.values())
+        return 8 * weights < free_memory(self.device)
 
     def _reduction(self, layers: dict[int, Reduced], dropped: tuple[int, ...]) -> Reduction:
         from bitnest.reduction import Reduction
@@ -269,8 +312,6 @@ class Pruner:
         Raises:
             DataError: too few windows.
         """
-        from dataclasses import replace
-
         from bitnest.repair.routers import tune_routers
         from bitnest.skeleton import Skeleton
 

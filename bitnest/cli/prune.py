@@ -21,10 +21,11 @@ def command(
         0, "--blocks", help="Decoder blocks to leave out, the least active."
     ),
     score: str = typer.Option(
-        "relative",
+        "measured",
         "--score",
         help="Which experts go: relative (error of the layer without them), reap, frequency, gate, "
-        "output, fisher, or naee (every subset tried, where few).",
+        "output, fisher, naee (every subset tried, where few), or measured: of the choices by "
+        "relative, output and reap the one of lowest KL.",
     ),
     fate: str = typer.Option(
         "drop", "--fate", help="drop them, or merge all into as many (HC-SMoE)."
@@ -33,7 +34,10 @@ def command(
         False, "--align", help="Put neurons in one order before experts are merged."
     ),
     tune: bool = typer.Option(
-        True, "--tune/--no-tune", help="Tune the routers afterwards, where measured to help."
+        None,
+        "--tune/--no-tune",
+        help="Tune the routers afterwards, where measured to help. (default: if the memory holds "
+        "the model)",
     ),
     data: list[str] = typer.Option(
         [], "--data", help="Calibration text, label=source; repeat it. (default: an embedded text)"
@@ -79,6 +83,11 @@ def _lines(result: Any) -> list[str]:
     chosen = result.chosen
     if result.experts[0]:
         lines.append(f"experts: {result.experts[1]} of {result.experts[0]} in every layer")
+    if chosen.measured:
+        tried = ", ".join(f"{name} {kl:.4g}" for name, kl in chosen.measured.items())
+        lines.append(f"chosen by {chosen.score}; KL on the calibration text: {tried}")
+    elif chosen.score:
+        lines.append(f"chosen by {chosen.score}")
     if chosen.errors:
         worst = max(chosen.errors, key=chosen.errors.__getitem__)
         mean = sum(chosen.errors.values()) / len(chosen.errors)

@@ -124,13 +124,14 @@ def hold_decoded(model: nn.Module) -> bool:
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     size = next(model.parameters()).element_size() if packed else 0
     need = sum(weight.shape[0] * weight.shape[1] for weight in packed) * size
-    fits = 2 * need <= _free_bytes(next(model.parameters()).device) if packed else False
+    fits = 2 * need <= free_memory(next(model.parameters()).device) if packed else False
     for weight in packed:
         weight.keep = fits
     return fits
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; 0 where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -99,6 +99,35 @@ def tune_routers(
         return _tune(reduced, parameters, targets, tokens, fit, kept, steps, device, seed, progress)
 
 
+@torch.no_grad()
+def divergences(
+    original: Skeleton,
+    candidates: Sequence[Skeleton],
+    calibration: CalibrationSet,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> list[float]:
+    """KL of every candidate to the original over the calibration windows, as `Targets` take it.
+    One model is in memory at a time."""
+    tokens = calibration.tokens
+    progress.phase("original's predictions", len(tokens))
+    with _whole(original, dtype, device):
+        targets = _targets(original, tokens, progress, device)
+    found = []
+    progress.phase("measuring candidates", len(candidates))
+    for skeleton in candidates:
+        with _whole(skeleton, dtype, device):
+            total = 0.0
+            for part in torch.arange(len(tokens)).split(BATCH):
+                out = skeleton.model(input_ids=tokens[part].to(device), use_cache=False)
+                total += float(targets.kl(out.logits, part)) * len(part)
+        found.append(total / len(tokens))
+        progress.step()
+    return found
+
+
 @contextmanager
 def _whole(skeleton: Skeleton, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """The whole model in memory."""

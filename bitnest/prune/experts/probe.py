@@ -37,7 +37,7 @@ from bitnest.progress import Progress
 from bitnest.reduced_config import GROUPS, first_of
 from bitnest.skeleton import Skeleton
 
-ROWS = 4096  # tokens kept of a layer, at most
+ROWS = 16384  # tokens kept of a layer, at most
 OUTPUTS = 1 << 30  # bytes that all experts' outputs on them may take
 TINY = 1e-30
 FORBIDDEN = -1e9  # of a router's bias

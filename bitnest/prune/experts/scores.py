@@ -9,6 +9,8 @@ With g_te the gate of expert e for token t (0 where it is not chosen), over the 
     fisher      half the sum over outputs r of mean_t (g_te E_r(x_t))^2 F_r: that error, as much as
                 the model's predictions mind it. F_r: squared gradients at what the layer gives.
     relative    the layer's relative error without it, its router row cut out (ours; see `probe`)
+    measured    none of these by itself: of the choices of relative, output and reap for the whole
+                model the one whose KL to the original is lowest on the calibration text (ours)
     naee        not a score of one expert: every subset is tried, and that of least error kept
                 (NAEE, Lu et al. 2024; its error is |y' - y|, ours is relative), where few are
 
@@ -30,7 +32,8 @@ from bitnest.errors import RecipeError
 from bitnest.prune.experts.probe import LayerProbe
 
 FEW = 2500  # subsets that are enumerated, at most
-SCORES = ("relative", "reap", "frequency", "gate", "output", "fisher", "naee")
+SCORES = ("measured", "relative", "reap", "frequency", "gate", "output", "fisher", "naee")
+TRIED = ("relative", "output", "reap")  # by `measured`
 
 
 def frequency(probe: LayerProbe) -> torch.Tensor:
