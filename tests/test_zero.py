@@ -144,9 +144,9 @@ def test_dropped_experts_are_not_computed(make: Any, monkeypatch: pytest.MonkeyP
     calls: list[tuple[str, int]] = []
     compute = kernels._expert
 
-    def counting(module: Any, weights: Any, expert: int, x: torch.Tensor) -> Any:
+    def counting(module: Any, weights: Any, expert: int, x: torch.Tensor, *added: Any) -> Any:
         calls.append((type(module).__name__, expert))
-        return compute(module, weights, expert, x)
+        return compute(module, weights, expert, x, *added)
 
     monkeypatch.setattr(kernels, "_expert", counting)
     for family, skipped in (("mixtral", True), ("gpt_oss", False)):
