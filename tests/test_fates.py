@@ -201,6 +201,8 @@ def test_what_cannot_be_measured_is_refused(
     tiny: Builder, text: Path, statistics: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="no experts"):
+        api.analyze(tiny("llama"), tmp_path / "a", data=[str(text)], formats=["copy"], **MEASURE)
+    with pytest.raises(RecipeError, match="no block between"):
         api.analyze(tiny("llama"), tmp_path / "a", data=[str(text)], formats=["drop"], **MEASURE)
     with pytest.raises(RecipeError, match="--reuse"):
         api.analyze(tiny("qwen3_moe"), tmp_path / "a", formats=["drop"], reuse=statistics)

@@ -182,7 +182,7 @@ def analyze(
     lora: adapters, PATH or PATH:scale, merged in first; the statistics are of the merged model.
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`, and `prune` where they are sparse;
-    `drop`, `constant`, `copy` and `merge` among them are fates of experts.
+    `drop`, `constant`, `copy` and `merge` among them are fates of experts, `drop` of blocks too.
     importance, fisher_windows, probes, probe_windows, hessian, keep_hessians: see
     `calibrate.analyze.Analysis`; without importance there is nothing to calibrate, and no probe is
     measured. cover: `data` or `self` adds up to cover_limit windows until every expert has
@@ -221,8 +221,15 @@ def analyze(
         compute=compute,
     )
     if fates and not any(site.expert is not None for site in job.sites):
-        raise RecipeError(f"the model has no experts to {fates[0]}", where=str(model),
-                          hint="--format zero drops matrices")  # fmt: skip
+        other = next((fate for fate in fates if fate != "drop"), None)
+        if other is not None:
+            raise RecipeError(f"the model has no experts to {other}", where=str(model),
+                              hint="--format drop measures what blocks would cost")  # fmt: skip
+        if len(job.skeleton.blocks) < 3:
+            raise RecipeError(
+                "the model has no experts to drop, and no block between the first and the last",
+                where=str(model), hint="--format zero drops matrices",
+            )  # fmt: skip
     target = Path(out).absolute()
     if reuse is not None:
         if fates:

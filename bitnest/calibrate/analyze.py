@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 HESSIAN_BYTES = 1 << 30  # of one pass's expert Hessians without --memory
 MAX_PASSES = 8
 FATE_TOKENS = 16384  # that fates of experts are measured on, about
+BLOCK_WINDOWS = 16  # that the model is measured on without a block
 HELD = "/held"  # keeps windows that Hessians do not see in batches of their own
 HESSIANS = ("auto", "full", "diagonal")
 
@@ -78,7 +79,8 @@ class Analysis:
     formats: candidates for every site but routers. importance: kl or loss (gradients), probes (KL
     of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
     of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
-    store them. fates: of experts, whose errors are measured (`prune/experts/fates`).
+    store them. fates: of experts, whose errors are measured (`prune/experts/fates`); with drop among
+    them whole blocks are measured too (`prune/block_fates`).
     """
 
     formats: tuple[PackedFormat, ...]
@@ -271,24 +273,36 @@ class _Run:
         if not kinds:
             return {}
         file = self.writer.state / "fates.json"
-        if not file.exists():
+        length = self.calibration.tokens.shape[1]
+        part = self._part(self._windows(max(1, FATE_TOKENS // length), last=False))
+        where = {"dtype": self.job.compute, "device": self.job.device, "progress": self.progress}
+        found: dict[str, Any] = {"kinds": list(kinds), "layers": []}
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))["fates"]
+        elif any(site.expert is not None for site in self.sites):
             from bitnest.prune.experts.fates import measure_fates
 
-            length = self.calibration.tokens.shape[1]
-            samples = self._windows(max(1, FATE_TOKENS // length), last=False)
-            labels = [self.calibration.labels[i] for i in samples]
-            part = replace(
-                self.calibration, tokens=self.calibration.tokens[samples], labels=tuple(labels),
-                counts={label: labels.count(label) for label in dict.fromkeys(labels)},
-            )  # fmt: skip
-            layers = measure_fates(
-                self.skeleton, part, kinds,
-                dtype=self.job.compute, device=self.job.device, progress=self.progress,
-            )  # fmt: skip
-            write_text(file, json.dumps({"fates": {"kinds": list(kinds), "layers": layers}}))
+            found["layers"] = measure_fates(self.skeleton, part, kinds, **where)
+            write_text(file, json.dumps({"fates": found}))
             release()
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        if "drop" in kinds and "blocks" not in found:
+            from bitnest.prune.block_fates import measure_blocks
+
+            found["blocks"] = measure_blocks(
+                self.skeleton, part, self._part(self._windows(BLOCK_WINDOWS, last=True)),
+                self.labels, memory_limit=self.budget.hidden, **where,
+            )  # fmt: skip
+            write_text(file, json.dumps({"fates": found}))
+            release()
+        return {"fates": found}
+
+    def _part(self, samples: Sequence[int]) -> CalibrationSet:
+        """Some of the windows."""
+        labels = [self.calibration.labels[i] for i in samples]
+        return replace(
+            self.calibration, tokens=self.calibration.tokens[list(samples)], labels=tuple(labels),
+            counts={label: labels.count(label) for label in dict.fromkeys(labels)},
+        )  # fmt: skip
 
     # ---- Fisher
 

@@ -59,11 +59,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
+from bitnest.calibrate.block_losses import loss_of, measured_blocks
 from bitnest.calibrate.fate_losses import FateLosses
 from bitnest.errors import StatisticsError
 from bitnest.formats import FateFormat, parse_format
@@ -234,12 +235,20 @@ class Predictor:
         return FateLosses(self.statistics, self.losses, relative_errors(self.statistics))
 
     def fate_losses(self, gone: Mapping[str, FateFormat]) -> dict[int, np.ndarray]:
-        """Losses (L,) by number of the site that an expert's is counted at. gone: fates by
-        site."""
+        """Losses (L,) by number of the site that an expert's or a block's is counted at. gone:
+        fates by site."""
         found = {}
+        whole = {
+            block for block in self.blocks
+            if all(gone.get(name) == FateFormat() for name in self.block_sites(block))
+        }  # fmt: skip
         for name, fate in gone.items():
             site = self.sites[self._number[name]] if name in self._number else None
             if site is None:
+                continue
+            if site.layer in whole and site.kind not in ENDS:
+                last = self._number[self.block_sites(site.layer)[-1]]
+                found[last] = self.blocks[site.layer]
                 continue
             if site.expert is None:
                 found[self._number[name]] = self.fates.matrix(self._number[name])
@@ -247,6 +256,25 @@ class Predictor:
                 place = (site.layer, site.expert)
                 found[self.fates.last[place]] = self.fates.loss(place, fate)
         return found
+
+    def block_sites(self, block: int) -> list[str]:
+        """Names of the sites in a block; what it loses is counted at the last."""
+        return [s.name for s in self.sites if s.layer == block and s.kind not in ENDS]
+
+    @cached_property
+    def blocks(self) -> dict[int, np.ndarray]:
+        """Losses (L,) of blocks that were measured to be left out; see `block_losses`."""
+        found = {}
+        for block, kl in measured_blocks(self.statistics).items():
+            place = self._number[self.block_sites(block)[-1]]
+            found[block] = loss_of(kl, partial(self._alone, place))
+        return found
+
+    def _alone(self, site: int, loss: np.ndarray) -> np.ndarray:
+        """Predicted KL if one site alone has a loss, both (L,)."""
+        sums = np.zeros((len(loss), len(self.kinds)))
+        sums[:, self._kind[site]] = loss * growth(loss, self.depth[site : site + 1])[0]
+        return self.fit.kl(sums)
 
     def sums(self, choice: np.ndarray, fates: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
         """Losses per label and kind, grown with each other, (L, K), of format numbers per site,

@@ -258,10 +258,11 @@ def check_engine_fates(job: Job, target: str) -> None:
         RecipeError: see `read_fates`.
         TargetError: experts go, but not by drop, or not as many of every layer.
     """
-    experts = read_fates(job.sites, job.formats).experts
+    fates = read_fates(job.sites, job.formats)
+    experts = fates.experts
     if target == "native" or not experts:
         return
-    layers = {site.layer for site in job.sites if site.expert is not None}
+    layers = {site.layer for site in job.sites if site.expert is not None} - {*fates.dropped}
     counts = {sum(block == layer for block, _ in experts) for layer in layers}
     other = next((fate.name for fate in experts.values() if fate.kind != "drop"), None)
     if other is not None or len(counts) > 1:

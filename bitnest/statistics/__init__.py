@@ -18,7 +18,8 @@
     lookups                      (L, V) how often each token occurs, of the ends only
 
 The header's "fates", where they were asked for, holds relative errors of layers whose experts are
-dropped, replaced or merged (`prune/experts/fates`). They are of one run: a merger has none.
+dropped, replaced or merged (`prune/experts/fates`), and of blocks their influence and the KL of the
+model without them (`prune/block_fates`). They are of one run: a merger has none.
 
 Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
 machine they ran on: those of two halves of the data are those of the whole, up to rounding. The

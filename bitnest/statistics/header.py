@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.errors import StatisticsError
+from bitnest.kinds import ENDS
 
 VERSION = 1
 HEADER = "statistics.json"
@@ -41,6 +42,7 @@ SCHEMA: dict[Any, Any] = {  # (x,): x or null; [x]: a list of x; {str: x}: x und
 FATES: dict[Any, Any] = {  # only where fates of experts were measured
     "kinds": [str], "layers": [{"layer": int, "zero": [float]}],
 }  # fmt: skip
+BLOCKS = [{"layer": int, "influence": float, "kl": ([(float,)],)}]  # earlier ones have none
 AGAIN = "copy the directory again, or repeat bitnest analyze"
 
 
@@ -143,6 +145,14 @@ def _check_fates(header: Mapping[str, Any]) -> None:
             if not isinstance(own, list) or len(own) != count:
                 raise ValueError(f"'fates' of block {layer['layer']} lack '{name}' of its experts")
             _check_types(own, [(int if name == "partner" else float,)], f"header.fates.{name}")
+    blocks = found.get("blocks", [])
+    _check_types(blocks, BLOCKS, "header.fates.blocks")
+    inner = {i["layer"] for i in header["layers"] if any(s["kind"] not in ENDS for s in i["sites"])}
+    if any(item["kl"] is not None and item["layer"] not in inner for item in blocks):
+        raise ValueError("'fates' are of a block that is not there")
+    tried = [item["kl"] for item in blocks if item["kl"] is not None]
+    if any(len(kl) != len(header["labels"]) or not any(v is not None for v in kl) for kl in tried):
+        raise ValueError("'fates' of blocks lack a KL of each text")
 
 
 def _probe_fits(probe: Mapping[str, Any], labels: list[str], formats: int, sites: int) -> bool:

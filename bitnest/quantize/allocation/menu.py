@@ -5,7 +5,8 @@ losses are the sums of its sites'. Dense costs what the source's values take and
 `zero`, where it is among the formats, drops a matrix; all matrices of one expert dropped together
 lose one such loss, since nothing of the others is left to lose (`predict.WHOLE`): a bundle. So does
 an expert with a fate (`formats/fates`): of those it may have, the one that loses least is on the
-menu, in a column of its own that only bundles may take.
+menu, in a column of its own that only bundles may take. A menu without a block (`without_block`)
+leaves the block's items that column alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from bitnest.calibrate.fate_losses import Offer
 from bitnest.calibrate.predict import DROP, WHOLE, depths, whole_experts
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, code_bits, parse_format
+from bitnest.formats import AnyFormat, FateFormat, code_bits, parse_format
+from bitnest.kinds import ENDS
 from bitnest.quantize.allocation.problem import Bundle
 from bitnest.recipe import sized
 from bitnest.sites import Site
@@ -44,7 +46,7 @@ class Menu:
     items: sites of each. formats: names. kinds: of sites, K. kind: its number per item, (N,).
     nbytes: (N, F) int64, metadata included. bits: (N, F) int64, code bits alone. losses: raw
     predicted KL (N, F, L), infinite where a format is not allowed. numel: weights (N,). gone:
-    experts that may go, an item in one at most.
+    experts that may go, an item in one at most. dropped: items of a block that is left out.
     """
 
     items: tuple[tuple[Site, ...], ...]
@@ -56,6 +58,7 @@ class Menu:
     losses: np.ndarray
     numel: np.ndarray
     gone: tuple[Gone, ...] = ()
+    dropped: tuple[int, ...] = ()
 
     @cached_property
     def allowed(self) -> np.ndarray:
@@ -130,7 +133,8 @@ class Menu:
 
     @cached_property
     def _fates(self) -> dict[int, str]:
-        return {i: gone.fate for gone in self.gone for i in gone.items}
+        whole = dict.fromkeys(self.dropped, FateFormat().name)
+        return {**whole, **{i: gone.fate for gone in self.gone for i in gone.items}}
 
     def taken(self, choice: np.ndarray) -> list[Gone]:
         """Experts that go."""
@@ -206,12 +210,14 @@ def build_menu(
     itemsize: int = 2,
     fixed: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
+    apart: int | None = None,
 ) -> Menu:
     """Items of `sites` for a target.
 
     losses: (S, F, L) of `formats`, which do not hold `dense`; it is added. itemsize: bytes of a
     source value. fixed: site name -> the one format it may have, by the recipe's rules, of
-    `formats` or dense. extra: those of `formats` that no other site may have.
+    `formats` or dense. extra: those of `formats` that no other site may have. apart: a block whose
+    sites are in no item with others'.
 
     Raises:
         RecipeError: an item left without a format.
@@ -233,7 +239,7 @@ def build_menu(
     raw[np.ix_(free, [names.index(name) for name in extra])] = np.inf
     for name, wanted in ruled.items():
         raw[place[name], [f for f, other in enumerate(names) if other != wanted]] = np.inf
-    groups = target.together(sites)
+    groups = [part for group in target.together(sites) for part in _apart(group, apart)]
     rows = [[place[site.name] for site in group] for group in groups]
     kinds = tuple(dict.fromkeys(site.kind for site in sites))
     menu = Menu(
@@ -282,6 +288,31 @@ def with_fates(menu: Menu, offers: Mapping[tuple[int, int], Offer], itemsize: in
         bits=np.concatenate([menu.bits, np.zeros_like(menu.bits[:, :1])], axis=1),
         losses=np.concatenate([menu.losses, column], axis=1),
     )  # fmt: skip
+
+
+def without_block(menu: Menu, block: int, loss: np.ndarray) -> Menu:
+    """The menu of the model without a block, which was kept apart. loss: raw, (L,), counted at the
+    last of its sites."""
+    own = [i for i, item in enumerate(menu.items) if _inside(item[0], block)]
+    if FATE not in menu.formats:
+        menu = with_fates(menu, {}, 0)
+    losses, column = menu.losses.copy(), menu.formats.index(FATE)
+    losses[own] = np.inf
+    losses[own, column] = 0.0
+    losses[own[-1], column] = loss
+    return replace(menu, losses=losses, dropped=tuple(own))
+
+
+def _apart(group: Sequence[Site], block: int | None) -> list[list[Site]]:
+    """Those in the block and those outside, where there are any."""
+    if block is None:
+        return [list(group)]
+    parts = [[s for s in group if _inside(s, block) == inside] for inside in (False, True)]
+    return [part for part in parts if part]
+
+
+def _inside(site: Site, block: int) -> bool:
+    return site.layer == block and site.kind not in ENDS
 
 
 def check_suited(sites: Sequence[Site], formats: Sequence[str], target: Target) -> None:

@@ -14,6 +14,7 @@ Planning is pure: the same statistics, target and budget give the same plan.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -23,17 +24,25 @@ from typing import Any
 
 import numpy as np
 
+from bitnest.calibrate.block_losses import measured_blocks
 from bitnest.calibrate.expect import Expected
 from bitnest.calibrate.fate_losses import Offer
 from bitnest.calibrate.predict import Predictor, widths_of
 from bitnest.calibrate.slopes import sensitivity
-from bitnest.errors import RecipeError, StatisticsError
+from bitnest.errors import BitnestError, RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, FateFormat, fates_apart, parse_format
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
-from bitnest.quantize.allocation.menu import FATE, Menu, build_menu, check_suited, with_fates
+from bitnest.quantize.allocation.menu import (
+    FATE,
+    Menu,
+    build_menu,
+    check_suited,
+    with_fates,
+    without_block,
+)
 from bitnest.quantize.allocation.nesting import Nesting
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.planned import Planned, expected
@@ -45,6 +54,8 @@ from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import resolved, sized
 from bitnest.sites import Site
 from bitnest.targets import Target
+
+log = logging.getLogger(__name__)
 
 SOLVES = 16  # of a size, until it fits
 CLOSE = 4000  # a plan is close enough if it leaves this part of the size
@@ -102,7 +113,9 @@ class Planner:
             predictor.statistics.check_formats(kinds)
         native = target.name == "native" and nesting is None
         self.kinds = kinds if native else ()
-        if kinds and formats is not None and not native:
+        self.dropping = "drop" in kinds and nesting is None
+        blocks_alone = self.dropping and len(kinds) == 1 and not predictor.fates.last
+        if kinds and formats is not None and not native and not blocks_alone:
             raise RecipeError(
                 f"{target.name} cannot load layers with unequal numbers of experts",
                 where=f"--candidate {kinds[0]}",
@@ -121,10 +134,11 @@ class Planner:
         """
         if policy not in POLICIES:
             raise RecipeError(f"unknown policy '{policy}'", hint="one of " + ", ".join(POLICIES))
-        if policy != "bitnest" or not self.kinds:
+        if policy != "bitnest" or not (self.kinds or self.dropping):
             return self._planned(self.evidence(budget), budget, policy)
         found: Planned | None = None
         refused: RecipeError | None = None
+        best = self.kinds
         merging = tuple(kind for kind in self.kinds if kind != "merge")
         for kinds in dict.fromkeys(((), self.kinds, merging)):  # no worse than without fates
             evidence = self.evidence(budget, kinds=kinds)
@@ -135,11 +149,47 @@ class Planner:
             except RecipeError as error:
                 refused = error
                 continue
-            found = other if found is None or _better(other, found, budget) else found
+            if found is None or _better(other, found, budget):
+                found, best = other, kinds
+        found = self._without_blocks(found, best, budget)
         if found is None:
             assert refused is not None
             raise refused
         return found
+
+    def _without_blocks(
+        self, found: Planned | None, kinds: Sequence[str], budget: Budget
+    ) -> Planned | None:
+        """`found`, or the plan of the model without one of the measured blocks if it is predicted
+        to be better. One that loses more by itself than a whole plan is not solved."""
+        for block, alone in self._blocks():
+            most = budget.kl if budget.kl is not None else math.inf if found is None else found.mean
+            if alone >= most:
+                break
+            try:
+                evidence = self.evidence(budget, kinds=kinds, block=block)
+                other = self._planned(evidence, budget, "bitnest")
+            except BitnestError as error:  # no plan fits, or the family cannot do without
+                log.info("block %d stays: %s", block, error)
+                continue
+            found = other if found is None or _better(other, found, budget) else found
+        return found
+
+    def _blocks(self) -> list[tuple[int, float]]:
+        """Blocks that may be left out and mean KL without them, least first. Those that rules speak
+        of stay."""
+        if not self.dropping:
+            return []
+        ruled = self.job.recipe.ruled(self.job.sites) if self.job.recipe.rules else {}
+        named = {site.layer for site in self.job.sites if site.name in ruled}
+        known = np.array(self.predictor.known)
+        weights = np.ones(len(self.labels)) if self.weights is None else self.weights
+        found = [
+            (block, float(np.average(kl[known], weights=weights)))
+            for block, kl in measured_blocks(self.predictor.statistics).items()
+            if block not in named
+        ]
+        return sorted(found, key=lambda item: item[1])
 
     def _planned(self, evidence: Evidence, budget: Budget, policy: str) -> Planned:
         if budget.bits is not None:
@@ -201,10 +251,11 @@ class Planner:
         ends: bool | None = None,
         suited: bool = True,
         kinds: Sequence[str] = (),
+        block: int | None = None,
     ) -> Evidence:
         """Menu and grounds for a kind of budget. ends: whether embedding and head are on the menu;
         None: as the planner does. suited: refuse candidates of which the target takes none. kinds:
-        fates that experts may have.
+        fates that experts may have. block: one that is left out.
 
         Raises:
             RecipeError: they are, or no format is left for a site.
@@ -222,11 +273,16 @@ class Planner:
             check_suited([s for s in sites if s.name not in fixed], self.formats, target)
         if self.nesting is not None:
             target = self.nesting.target(target, fixed, self._bases(sites, fixed, budget))
-        menu = self._menu(sites, self.formats, fixed, target)
+        menu = self._menu(sites, self.formats, fixed, target, apart=block)
         if budget.bits is not None:
             menu = menu.one_per_width()
         if kinds:
-            menu = with_fates(menu, self._offers(kinds, fixed, fates), self.job.itemsize)
+            offers = self._offers(kinds, fixed, fates)
+            offers = {place: offer for place, offer in offers.items() if place[0] != block}
+            menu = with_fates(menu, offers, self.job.itemsize)
+        if block is not None:
+            loss = self.predictor.blocks[block][np.array(self.predictor.known)]
+            menu = without_block(menu, block, loss)
         return read_evidence(
             self.predictor, menu, weights=self.weights, background=self._background(sites),
             latency=self.latency, exact=self.exact,
@@ -269,6 +325,8 @@ class Planner:
         candidates: Sequence[str],
         fixed: Mapping[str, str],
         target: Target,
+        *,
+        apart: int | None = None,
     ) -> Menu:
         """The menu of `sites`, with what rules add to the candidates."""
         extra = beside(fixed, candidates)
@@ -280,7 +338,7 @@ class Planner:
         losses = losses[:, :, np.array(self.predictor.known)]
         return build_menu(
             sites, formats, losses, target,
-            itemsize=self.job.itemsize, fixed=fixed, extra=extra,
+            itemsize=self.job.itemsize, fixed=fixed, extra=extra, apart=apart,
         )  # fmt: skip
 
     def _bases(
