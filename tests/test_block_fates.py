@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bitnest import api
 from bitnest.api.planning import open_planner
+from bitnest.api.texts import calibration_set, sources
 from bitnest.calibrate.block_losses import loss_of, measured_blocks
 from bitnest.calibrate.predict import Predictor
 from bitnest.errors import RecipeError, StatisticsError
@@ -94,12 +95,7 @@ def test_the_measured_kl_is_that_of_the_model_without_the_block(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for path in (model, tmp_path / "a")
     )
-    from bitnest.api.texts import calibration_set
-    from bitnest.api.texts import sources
-
-    from bitnest.api import load_tokenizer
-
-    tokens = calibration_set(load_tokenizer(model), sources([str(text)]), 8, 32, 0).tokens[-16:]
+    tokens = calibration_set(api.load_tokenizer(model), sources([str(text)]), 8, 32, 0).tokens[-16:]
     with torch.no_grad():
         p, q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (source, made))
     kl = float((p.exp() * (p - q)).sum(-1).mean())

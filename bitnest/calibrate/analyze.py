@@ -79,8 +79,8 @@ class Analysis:
     formats: candidates for every site but routers. importance: kl or loss (gradients), probes (KL
     of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
     of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
-    store them. fates: of experts, whose errors are measured (`prune/experts/fates`); with drop among
-    them whole blocks are measured too (`prune/block_fates`).
+    store them. fates: of experts, whose errors are measured (`prune/experts/fates`); with drop
+    among them whole blocks are measured too (`prune/block_fates`).
     """
 
     formats: tuple[PackedFormat, ...]
@@ -275,7 +275,9 @@ class _Run:
         file = self.writer.state / "fates.json"
         length = self.calibration.tokens.shape[1]
         part = self._part(self._windows(max(1, FATE_TOKENS // length), last=False))
-        where = {"dtype": self.job.compute, "device": self.job.device, "progress": self.progress}
+        where: dict[str, Any] = {
+            "dtype": self.job.compute, "device": self.job.device, "progress": self.progress,
+        }  # fmt: skip
         found: dict[str, Any] = {"kinds": list(kinds), "layers": []}
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))["fates"]
