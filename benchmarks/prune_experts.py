@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--keep", action="append", default=[])
     parser.add_argument("--statistics", type=Path, help="for the score fisher")
+    parser.add_argument("--only", help="names of rows, separated by commas")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64)
@@ -77,7 +78,9 @@ def variants(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     for aligned in (False, True):
         name = "merge aligned" if aligned else "merge"
         found += [(name, {"fate": "merge", "align": aligned})]
-    return [*found, ("merge aligned, one row", {"fate": "merge", "align": True})]
+    found.append(("merge aligned one row", {"fate": "merge", "align": True}))
+    only = args.only.split(",") if args.only else [name for name, _ in found]
+    return [(name, options) for name, options in found if name in only]
 
 
 def row(

@@ -32,7 +32,7 @@ from bitnest.errors import FormatError, PlanError, RecipeError
 from bitnest.formats import parse_format
 from bitnest.formats.names import parse_widths
 from bitnest.patterns import Names, fold, matcher
-from bitnest.recipe import Rule
+from bitnest.recipe import PRUNERS, Rule
 from bitnest.sites import Site
 from bitnest.targets import TARGETS
 from bitnest.workdir import write_text
@@ -42,7 +42,7 @@ VERSION = 1
 HINT = "a rule reads - PATTERN: FORMAT"
 KEYS: dict[str, type] = {
     "plan": int, "model": str, "source": str, "target": str, "policy": str,
-    "asked": dict, "expected": dict, "digest": str, "rules": list,
+    "asked": dict, "expected": dict, "digest": str, "prune": str, "rules": list,
 }  # fmt: skip
 POLICIES = (
     "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe", "lpvit",
@@ -57,9 +57,10 @@ HEAD = """\
 
 @dataclass(frozen=True)
 class Plan:
-    """See above. rules: in order. expected: figures of the rules that `digest` is of. where, lines:
-    file and lines that the rules were read from, if they were. overruled: other rules were put on
-    top of these where it was carried out, and changed a format."""
+    """See above. rules: in order. prune: how losses of sparse formats were measured, if the plan
+    has any and not in the usual way. expected: figures of the rules that `digest` is of. where,
+    lines: file and lines that the rules were read from, if they were. overruled: other rules were
+    put on top of these where it was carried out, and changed a format."""
 
     rules: tuple[Rule, ...]
     model: str = ""
@@ -69,6 +70,7 @@ class Plan:
     asked: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    prune: str = ""
     where: str = field(default="", compare=False)
     lines: tuple[int, ...] = field(default=(), compare=False)
     overruled: bool = field(default=False, compare=False)
@@ -138,7 +140,7 @@ class Plan:
         head = {
             "plan": VERSION, "model": self.model, "source": self.source, "target": self.target,
             "policy": self.policy, "asked": self.asked, "expected": self.expected,
-            "digest": self.digest,
+            "digest": self.digest, **({"prune": self.prune} if self.prune else {}),
         }  # fmt: skip
         parts = [
             yaml.safe_dump(head, sort_keys=False, default_flow_style=None, width=100),
@@ -224,6 +226,8 @@ def _check_value(key: str, value: Any, node: yaml.Node, where: str) -> None:
     """
     if key == "target" and value not in TARGETS:
         raise broken(f"unknown target '{value}'", node, where, "one of " + ", ".join(TARGETS))
+    if key == "prune" and value not in PRUNERS:
+        raise broken(f"unknown way to prune '{value}'", node, where, "one of " + ", ".join(PRUNERS))
     if key == "policy" and value not in {"", *POLICIES}:
         raise broken(f"unknown policy '{value}'", node, where, "one of " + ", ".join(POLICIES))
     for name, number in value.items() if key == "asked" else ():

@@ -179,12 +179,13 @@ def resolved(
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
     check: Sequence[str] = (),
+    lora: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that was asked for with every default filled in, in the keys of a recipe file.
 
     dial: `budget: {...}`, `format: NAME` or `plan: DIGEST`; None: the recipe's one format.
     planning: target, policy, candidates, ends and exact. texts: calibration texts as they were
-    given; none means those of the statistics, or the embedded text. check: as given.
+    given; none means those of the statistics, or the embedded text. check, lora: as given.
     """
     fit = {key: getattr(recipe, key) for key in ("method", "damp", "weighting", "clip")}
     if recipe.min_tokens is not None:
@@ -197,6 +198,7 @@ def resolved(
         fit["prune"] = recipe.prune
     data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
     return {
+        **({"lora": list(lora)} if lora else {}),
         **({"format": recipe.format} if dial is None else dial),
         **(planning or {}),
         "rules": [{rule.pattern: rule.format} for rule in recipe.rules],

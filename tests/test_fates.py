@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from bitnest import api
 from bitnest.api.planning import open_planner
 from bitnest.artifact import Artifact
 from bitnest.calibrate.predict import Predictor
+from bitnest.cli import app
 from bitnest.errors import FormatError, RecipeError, StatisticsError, TargetError
 from bitnest.formats import FateFormat, fates_apart, parse_format
 from bitnest.packed.decoded import open_checkpoint
@@ -144,6 +146,9 @@ def test_what_is_left_keeps_its_formats_and_constants_are_means(
         assert loaded(TOKENS).logits.isfinite().all()
     assert result.predicted is not None and result.predicted["mean"] > 0
     assert api.inspect(tmp_path / "a", verify=True)["verified"] > 0
+    said = CliRunner().invoke(app, ["inspect", str(tmp_path / "a")]).stdout
+    assert "block 0 of the source: 3 experts\n" in said
+    assert "block 1 of the source: 2 experts, 1 of them merged, 1 replaced by constant" in said
 
 
 def test_a_block_that_is_dropped_is_gone(tiny: Builder, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from bitnest import api
@@ -51,6 +52,25 @@ def test_artifact_is_that_of_the_merged_checkpoint(
     assert [(a["adapter"], a["scale"]) for a in source["merged"]] == [("code", 0.5)]
     assert source["sha256"] != Artifact.open(tmp_path / "none").manifest["source"]["sha256"]
     assert not (tmp_path / "one" / "merged.json").exists()
+
+
+def test_the_resolved_recipe_names_the_adapters(tiny: Builder, tmp_path: Path, lora: Path) -> None:
+    base = float32(tiny, "qwen3_moe")
+    said = f"{lora}:0.5"
+    api.compress(base, tmp_path / "a", lora=[said], format="int4-g32", method="rtn")
+    recipe = Artifact.open(tmp_path / "a").manifest["resolved"]
+    assert recipe["lora"] == [said]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = CliRunner().invoke(
+        app,
+        ["compress", str(base), "--recipe", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "b")],
+    )
+    assert done.exit_code == 0, done.output
+    first, second = (Artifact.open(tmp_path / name) for name in "ab")
+    packed = [name for name in first.manifest["files"] if name.startswith("packed")]
+    assert packed and all(
+        first.manifest["files"][name] == second.manifest["files"][name] for name in packed
+    )
 
 
 def test_killed_run_resumes_with_the_same_adapters_only(

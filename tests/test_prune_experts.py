@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from bitnest.expert_axes import expert_axes
 from bitnest.packed.loading import load_model
 from bitnest.progress import Silent
 from bitnest.prune.blocks import influences, least_blocks
-from bitnest.prune.experts.choose import constant, fate_errors, reduce_layer, replace_experts
+from bitnest.prune.experts.choose import (
+    constant,
+    fate_errors,
+    layer_error,
+    reduce_layer,
+    replace_experts,
+)
 from bitnest.prune.experts.merging import clusters, merged, merged_output
 from bitnest.prune.experts.probe import LayerProbe, probe_layers
 from bitnest.prune.experts.scores import SCORES, elimination, ranked, reap, relative
@@ -179,6 +186,18 @@ def test_replacements_run_as_they_are_scored(fate: str, tiny: Builder, tmp_path:
     assert error == pytest.approx(expected, rel=2e-2, abs=1e-9)  # constants are stored in bfloat16
 
 
+def change(path: Path, reduced: Any, calibration: Any, block: int) -> float:
+    """Relative change of what a block gives, by running both models."""
+    skeleton = Skeleton.build(reduced)
+    skeleton.fill("", dtype=torch.float32, device=CPU)
+    skeleton.model.tie_weights()
+    before = states(load_model(path, dtype=torch.float32), calibration.tokens, block)
+    after = states(skeleton.model, calibration.tokens, block)
+    share = (after - before).square().sum(1) / before.square().sum(1)
+    half = len(share) // 2
+    return float((share[:half].mean() + share[half:].mean()) / 2)
+
+
 def _pruner(path: Path, calibration: Any) -> Pruner:
     pruner = Pruner.__new__(Pruner)
     pruner.base, pruner.seed, pruner.trust = Checkpoint.open(path), 0, False
@@ -220,6 +239,19 @@ def test_merged_layers_are_models(ordinary: bool, tiny: Builder) -> None:
     }
     reduced = pruner.reduced(pruner._reduction(layers, ()))
     assert reduced.ordinary is ordinary
+    running = probes(path, calibration)  # its block keeps its weights while it waits
+    first = next(running)
+    one = pruner._reduction({first.block: layers[first.block]}, ())
+    if ordinary:  # a model with one layer of fewer experts is none
+        one = replace(
+            one,
+            experts={
+                **one.experts,
+                **{b: _all(first.experts) for b in pruner.axes.modules if b != first.block},
+            },
+        )
+    error = layer_error(first, layers[first.block])
+    assert error == pytest.approx(change(path, pruner.reduced(one), calibration, first.block), 2e-2)
     skeleton = Skeleton.build(reduced)
     skeleton.fill("", dtype=torch.float32, device=CPU)
     skeleton.model.tie_weights()
@@ -332,7 +364,13 @@ def test_prune_writes_what_transformers_opens(tiny: Builder, tmp_path: Path) -> 
         ({"experts": "0"}, "'0' of"),
         ({"experts": "150%"}, "'150%' of"),
         ({"experts": "many"}, "'many' of"),
-        ({"experts": "1"}, "experts where a token chooses"),
+        ({"experts": "1"}, "experts, where a token chooses"),
+        ({"experts": "50%", "align": True}, "experts that are merged"),
+        ({"experts": "50%", "fate": "merge", "score": "reap"}, "says nothing"),
+        ({"experts": "50%", "statistics": "nowhere"}, "for gradients"),
+        ({"blocks": 1, "score": "reap"}, "no experts go"),
+        ({"experts": "50%", "samples": 4, "tune": True}, "too few to tune"),
+        ({"experts": "50%", "length": 1}, "windows of 1 tokens"),
         ({"experts": "50%", "score": "luck"}, "unknown score"),
         ({"experts": "50%", "fate": "constant"}, "no ordinary model"),
         ({"experts": "50%", "score": "fisher"}, "needs gradients"),
@@ -346,8 +384,9 @@ def test_what_cannot_be_pruned_is_said_before_work(
     text.write_text(words(2000), encoding="utf-8")
     with pytest.raises(BitnestError, match=said):
         api.prune(
-            tiny("qwen3_moe"), tmp_path / "out", data=[str(text)], samples=8, length=16, **options
-        )
+            tiny("qwen3_moe"), tmp_path / "out",
+            **{"data": [str(text)], "samples": 8, "length": 16, **options},
+        )  # fmt: skip
     assert not list(tmp_path.glob("out*"))
 
 

@@ -16,6 +16,7 @@ from bitnest.cli import app
 from bitnest.errors import ArtifactError, FormatError, PlanError, RecipeError, StatisticsError
 from bitnest.formats import SparseFormat, parse_format
 from bitnest.formats.names import sparse_name
+from bitnest.plan import Plan
 from bitnest.quantize import advice
 from bitnest.quantize.advice import MATRICES, ROWS, Witness
 from bitnest.quantize.solve import Options, solve
@@ -87,6 +88,27 @@ def test_the_command_line_prunes_as_it_is_told(tiny: Builder, text: Path, tmp_pa
         assert manifest["resolved"]["fit"]["prune"] == prune
         masks.append(codes(tmp_path / prune))
     assert not torch.equal(*masks)
+
+
+def test_a_plan_says_how_its_losses_were_measured(
+    tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    small: dict[str, Any] = {"data": [str(text)], **SMALL}
+    statistics = api.analyze(
+        tiny("llama"), tmp_path / "st", formats=["int4-g32%2:4"], prune="wanda", probes=0,
+        fisher_windows=2, **small,
+    ).path  # fmt: skip
+    found = api.plan(tiny("llama"), statistics=statistics, size=10**7).plan
+    tight = api.plan(tiny("llama"), statistics=statistics, bits=3.0).plan
+    assert found.prune == "" and tight.prune == "wanda"
+    tight.write(tmp_path / "plan.yaml")
+    assert Plan.read(tmp_path / "plan.yaml") == tight
+    with pytest.raises(RecipeError, match="wanda"):
+        api.compress(tiny("llama"), tmp_path / "out", plan=tmp_path / "plan.yaml", **small)
+    assert not (tmp_path / "out").exists()
+    api.compress(
+        tiny("llama"), tmp_path / "out", plan=tmp_path / "plan.yaml", prune="wanda", **small
+    )
 
 
 def test_another_method_is_another_artifact(tiny: Builder, text: Path, tmp_path: Path) -> None:

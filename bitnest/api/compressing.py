@@ -188,7 +188,9 @@ def compress(
         check_weights(recipe, nesting, job)
     if uniform is not None or plan is not None:
         check_prune(recipe, [*(f.name for f in job.formats.values()), *plan_formats(plan)])
-    given: dict[str, Any] = {"texts": data, "samples": samples, "length": length, "check": check}
+    given: dict[str, Any] = {
+        "texts": data, "samples": samples, "length": length, "check": check, "lora": lora,
+    }  # fmt: skip
     before: list[Preflight] = []
 
     def ready(job: Job) -> None:
@@ -493,6 +495,11 @@ class Maker:
         named: bool = True,
     ) -> CompressResult:
         """Carry out a plan, the rules given by hand on top of it; see `carry_out`."""
+        if plan.prune and job.recipe.prune != plan.prune:
+            raise RecipeError(
+                f"the plan's losses were measured with --prune {plan.prune}, not "
+                f"{job.recipe.prune}", where=plan.where, hint=f"--prune {plan.prune}",
+            )  # fmt: skip
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
         before = plan.formats(job.sites)  # names the line of a rule that matches nothing

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,12 +18,13 @@ import torch
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
-from bitnest.errors import RecipeError
+from bitnest.errors import ArtifactError, RecipeError
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.packed.modules import free_memory
 from bitnest.progress import Progress, Silent
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from bitnest.reduced_config import GROUPS
 
 if TYPE_CHECKING:
     from bitnest.calibrate.data import CalibrationSet
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 
 RECORD = "reduction.json"
 STEPS = 96  # of tuning routers
+LEAST_WINDOWS = 8  # to tune them on
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is to go. errors: block -> relative error of its experts' output, by itself. similar:
+    """What is to go. errors: block -> relative error of its experts' output, by itself and before
+    routers are tuned. similar:
     block -> 1 - cosine of what it reads and gives, of every block, where blocks go. score: that
     experts were chosen by. measured: KL on the calibration text by score, where several were tried.
     tuned: of the routers, None if they were not."""
@@ -123,34 +127,57 @@ def prune(
     from bitnest.api.writing import write_checkpoint
     from bitnest.workdir import in_the_way, is_empty
 
-    out = Path(out).absolute()
+    out = Path(os.path.abspath(out))
     if experts is None and not blocks:
         raise RecipeError("nothing to prune", hint="--experts 75%, or --blocks 2")
+    _check_said(experts, score, fate, align, statistics)
+    _check_ranges(samples, length, seed, bool(tune))
     if fate not in {"drop", "merge"}:
         raise RecipeError(
             f"'{fate}' is no ordinary model", where="--fate",
             hint="drop or merge; zero, copy and constant experts need bitnest's runtime: "
-            "bitnest compress MODEL --candidate constant",
+            "bitnest compress MODEL --candidate constant --size SIZE",
         )  # fmt: skip
     if not is_empty(out):
         raise in_the_way(out)
+    check_writable(out)
     base = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
     maker = Pruner(
         base, data=data, samples=samples, length=length, seed=seed, device=device,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
+    maker.check(experts, blocks)
     whole = maker.fits()
+    if tune is None:
+        tune = whole and len(maker.calibration.tokens) >= LEAST_WINDOWS
+    asked = {
+        "lora": list(lora),
+        "experts": experts,
+        "blocks": blocks,
+        "score": score,
+        "fate": fate,
+        "align": align,
+        "tune": tune,
+        "texts": list(data),
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+    }
     if score == "measured" and not whole:
         score = "relative"
     chosen = maker.choose(
         experts, blocks=blocks, score=score, fate=fate, align=align, statistics=statistics
     )
-    if (whole if tune is None else tune) and chosen.reduction.experts:
+    if tune and chosen.reduction.experts:
         chosen = maker.tuned(chosen)
     reduced = maker.reduced(chosen.reduction)
 
     def content() -> dict[str, Any]:
-        return {"base": base.scan(), **chosen.to_json()}
+        own = chosen.to_json()
+        return {
+            "base": {"sha256": base.scan(), **base.origin()}, "asked": asked,
+            "reduction": own.pop("sha256"), **own,
+        }  # fmt: skip
 
     digest = write_checkpoint(
         reduced, out, record=(RECORD, content), fresh=fresh, progress=progress
@@ -217,7 +244,7 @@ class Pruner:
             BitnestError: as `prune`.
         """
         from bitnest.prune.blocks import least_blocks
-        from bitnest.prune.experts.choose import reduce_layer
+        from bitnest.prune.experts.choose import layer_error, reduce_layer
         from bitnest.prune.experts.probe import probe_layers
         from bitnest.prune.experts.scores import SCORES, TRIED
 
@@ -251,9 +278,7 @@ class Pruner:
                     probe, keep, score=name, fate=fate, align=align, ordinary=ordinary, fisher=own
                 )
                 tried[name][probe.block] = found
-                if found.layer.plain and not found.rows:
-                    kept = [own.experts[0] for own in found.layer.slots]
-                    errors[name][probe.block] = probe.without(kept)
+                errors[name][probe.block] = layer_error(probe, found)
         chosen = {
             name: Chosen(self._reduction(layers, dropped), errors[name], similar, name)
             for name, layers in tried.items()
@@ -278,6 +303,39 @@ class Pruner:
         )  # fmt: skip
         measured = {one.score: kl for one, kl in zip(own, found, strict=True)}
         return replace(own[found.index(min(found))], measured=measured)
+
+    def check(self, experts: str | None, blocks: int) -> None:
+        """Refuse, before anything is measured, numbers that no layer or model can be left with.
+
+        Raises:
+            RecipeError: they are.
+            UnsupportedModel: no experts, or a router whose groups would be too small.
+        """
+        from bitnest.prune.blocks import check_count
+        from bitnest.reduced_config import TOP_K, check_groups, first_of
+        from bitnest.reduction import LayerExperts, Own
+
+        if blocks:
+            check_count(blocks, len(self.skeleton.blocks))
+        if experts is None:
+            return
+        axes, config = self.axes, self.skeleton.model.config
+        text = config.get_text_config()
+        top_k, groups = first_of(text, TOP_K, 1), first_of(text, GROUPS, 1)
+        keep = kept_experts(experts, axes.count)
+        if keep < top_k or keep % groups:
+            raise RecipeError(
+                f"{keep} of {axes.count} experts, where a token chooses {top_k}"
+                + (f" among {groups} groups" if groups > 1 else ""),
+                where="--experts",
+                hint=f"keep {max(top_k, groups)} to {axes.count}"
+                + (f", a multiple of {groups}" if groups > 1 else ""),
+            )
+        size, share = axes.count // groups, keep // groups
+        own = tuple(e for e in range(axes.count) if e % size < share)
+        slots = tuple(Own((e,)) for e in own)
+        block = next(iter(axes.modules))
+        check_groups(config, block, LayerExperts(slots, tuple(range(keep)), own), axes.count)
 
     def fits(self) -> bool:
         """Whether half of the free memory holds the model in float32, as tuning needs it."""
@@ -325,6 +383,54 @@ class Pruner:
         tensors = {self._stored(name): values for name, values in found.tensors.items()}
         reduction = replace(reduction, tensors={**reduction.tensors, **tensors})
         return replace(chosen, reduction=reduction, tuned=found)
+
+
+def _check_said(
+    experts: str | None, score: str, fate: str, align: bool, statistics: str | Path | None
+) -> None:
+    """Refuse options that would say nothing.
+
+    Raises:
+        RecipeError: one does.
+    """
+    if experts is None and (score != "measured" or fate != "drop"):
+        raise RecipeError("no experts go: --score and --fate say nothing", hint="--experts 75%")
+    if align and fate != "merge":
+        raise RecipeError("--align is for experts that are merged", hint="--fate merge")
+    if fate == "merge" and score != "measured":
+        raise RecipeError("--fate merge clusters all experts: --score says nothing",
+                          hint="leave out --score")  # fmt: skip
+    if statistics is not None and score != "fisher":
+        raise RecipeError("--statistics is for gradients", hint="--score fisher")
+
+
+def _check_ranges(samples: int, length: int, seed: int, tune: bool) -> None:
+    """Refuse numbers that no text can be drawn with.
+
+    Raises:
+        RecipeError: they are.
+    """
+    if samples < 1 or length < 2 or seed < 0:
+        raise RecipeError(f"{samples} windows of {length} tokens, seed {seed}",
+                          hint="--samples 64 --length 512 --seed 0")  # fmt: skip
+    if tune and samples < LEAST_WINDOWS:
+        raise RecipeError(f"{samples} windows are too few to tune routers on", where="--samples",
+                          hint=f"at least {LEAST_WINDOWS}, or --no-tune")  # fmt: skip
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a place where no directory can be made, before anything is measured for it. Nothing is
+    made.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ArtifactError("no directory can be made here", where=str(out),
+                            hint="another -o")  # fmt: skip
 
 
 def kept_experts(text: str, count: int) -> int:

@@ -45,11 +45,29 @@ def _print_statistics(found: dict[str, Any]) -> None:
     typer.echo("candidates: " + (", ".join(found["formats"]) or "none"))
 
 
+def _reduced(said: dict[str, Any] | None) -> list[str]:
+    """What became of experts and blocks, numbered as in the source."""
+    lines = []
+    for block, layer in (said or {}).get("experts", {}).items():
+        merged = sum(len(slot) > 1 for slot in layer["slots"])
+        parts = [
+            f"{len(layer['slots'])} experts" + (f", {merged} of them merged" if merged else "")
+        ]
+        kinds = Counter(row.partition(":")[0] for row in layer["rows"] if isinstance(row, str))
+        parts += [f"{count} replaced by {kind}" for kind, count in sorted(kinds.items())]
+        lines.append(f"  block {block} of the source: {', '.join(parts)}")
+    if said and said["dropped"]:
+        lines.append(f"  blocks left out: {', '.join(map(str, said['dropped']))}")
+    return lines
+
+
 def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"{found['kind']}: {found['path']}")
     typer.echo(f"architecture: {found['architecture']}")
     for adapter in found.get("source", {}).get("merged", []):
         typer.echo(f"merged: {adapter['adapter']} x {adapter['scale']:g}")
+    for line in _reduced(found.get("source", {}).get("reduced")):
+        typer.echo(line)
     if "verified" in found:
         typer.echo(f"checksums: {found['verified']} files match")
     if found["kind"] == "statistics":

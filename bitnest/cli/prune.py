@@ -42,14 +42,16 @@ def command(
     data: list[str] = typer.Option(
         [], "--data", help="Calibration text, label=source; repeat it. (default: an embedded text)"
     ),
-    samples: int = typer.Option(64, "--samples", help="Calibration windows."),
-    length: int = typer.Option(512, "--length", help="Tokens of a window."),
-    seed: int = typer.Option(0, "--seed", help="Of drawing windows and tuning."),
+    samples: int = typer.Option(64, "--samples", min=1, help="Calibration windows."),
+    length: int = typer.Option(512, "--length", min=2, help="Tokens of a window."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Of drawing windows and tuning."),
     statistics: Path = typer.Option(
         None, "--statistics", help="Directory that analyze wrote: gradients for --score fisher."
     ),
     device: str = typer.Option(None, "--device", help="cpu or cuda. (default: cuda if there)"),
-    fresh: bool = typer.Option(False, "--fresh", help="Discard an unfinished run, do not resume."),
+    fresh: bool = typer.Option(
+        False, "--fresh", help="Discard files of an unfinished run, do not resume."
+    ),
     trust_remote_code: bool = Remote,
     json: bool = Json,
     quiet: bool = Quiet,

@@ -34,14 +34,23 @@ def least_blocks(
         RecipeError: more than all but two.
     """
     total = len(skeleton.blocks)
+    check_count(count, total)
+    found = influences(skeleton, calibration, dtype=dtype, device=device, progress=progress)
+    order = sorted(range(1, total), key=lambda block: (found[block], block))
+    return tuple(sorted(order[:count])), found
+
+
+def check_count(count: int, total: int) -> None:
+    """Refuse to leave out more blocks than all but two.
+
+    Raises:
+        RecipeError: it is more, or none.
+    """
     if not 0 < count <= total - 2:
         raise RecipeError(
             f"{count} of {total} blocks", where="--blocks",
             hint=f"1 to {total - 2} can go" if total > 2 else "the model is too small to lose one",
         )  # fmt: skip
-    found = influences(skeleton, calibration, dtype=dtype, device=device, progress=progress)
-    order = sorted(range(1, total), key=lambda block: (found[block], block))
-    return tuple(sorted(order[:count])), found
 
 
 def influences(

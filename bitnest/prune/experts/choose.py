@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bitnest.errors import RecipeError
-from bitnest.prune.experts.merging import clusters, merged
+from bitnest.prune.experts.merging import clusters, merged, merged_output
 from bitnest.prune.experts.probe import TINY, LayerProbe
 from bitnest.prune.experts.scores import frequency, ranked
 from bitnest.reduction import LayerExperts, Own
@@ -105,6 +105,32 @@ def replace_experts(probe: LayerProbe, kept: Sequence[int], fate: str) -> Reduce
             rows.append(fates[expert])
     layer = LayerExperts(tuple(Own((e,)) for e in kept), tuple(rows), tuple(sources))
     return Reduced(layer, torch.stack(constants) if constants else None)
+
+
+def layer_error(probe: LayerProbe, reduced: Reduced) -> float:
+    """Relative error of the layer once it is reduced so; its router as it is without tuning."""
+    layer = reduced.layer
+    outputs = torch.stack([merged_output(probe, own) for own in layer.slots])
+    if reduced.rows:
+        with probe.router(reduced.rows):
+            index, gates = probe.choices(range(len(layer.rows)))
+        return probe.error(probe.mix(index, gates, outputs))
+    index, gates = probe.choices(layer.sources)
+    off = torch.tensor([row == "zero" for row in layer.rows], device=index.device)
+    gates = silenced(gates, off[index])
+    total = torch.zeros_like(probe.target)
+    for number, row in enumerate(layer.rows):
+        if row == "zero":
+            continue
+        if isinstance(row, int):
+            given = outputs[row]
+        elif row == "copy":
+            given = probe.read
+        else:
+            assert reduced.constants is not None
+            given = reduced.constants[int(row.partition(":")[2])]
+        total += (gates * (index == number)).sum(1)[:, None] * given
+    return probe.error(total)
 
 
 def constant(probe: LayerProbe, expert: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ activation decide. The mean is over datasets first, so a small one counts as muc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,7 @@ class LayerProbe:
     target: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self._whole: int | None = None
         self.read = self._read()
         self.index, self.gates = self.choices(range(self.experts))
         self.outputs = self._outputs()
@@ -94,6 +95,8 @@ class LayerProbe:
         that forbids the others; of the rest the rows are cut out.
         """
         rows = list(rows)
+        if self._whole is not None:  # another router has its place
+            return self._run()[:2]
         biases = [
             (name, old) for name, _, old in self.router_tensors() if old.numel() == self.experts
         ]
@@ -187,6 +190,42 @@ class LayerProbe:
             if owner in modules and not self.axes.of_experts(self.block, name):
                 yield name, dims, getattr(modules[owner], leaf)
 
+    def _resize(self, modules: Mapping[str, nn.Module], rows: int) -> list[tuple[Any, str, int]]:
+        """Tell the layer's modules how many rows there are; what they said before."""
+        numbers: list[tuple[Any, str, int]] = []
+        for (path, attribute), value in self.axes.numbers.items():
+            if path in modules:
+                own, rest = divmod(value * rows, self.axes.count)
+                numbers.append((modules[path], attribute, value))
+                setattr(modules[path], attribute, value if rest else own)
+        return numbers
+
+    @contextmanager
+    def router(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The layer with another router, of fewer rows. tensors: by the model's names."""
+        modules = dict(self.parent.named_modules(prefix=self.name.rpartition(".")[0]))
+        saved = []
+        rows = min(len(t) for t in tensors.values())
+        for name, values in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            owner = modules[path]
+            table: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+            saved.append((table, leaf, table[leaf]))
+            new = values.to(table[leaf])
+            table[leaf] = (
+                nn.Parameter(new, requires_grad=False) if table is owner._parameters else new
+            )
+        numbers = self._resize(modules, rows)
+        self._whole = rows
+        try:
+            yield
+        finally:
+            self._whole = None
+            for table, leaf, old in saved:
+                table[leaf] = old
+            for owner, attribute, value in numbers:
+                setattr(owner, attribute, value)
+
     @contextmanager
     def _silenced(self, rows: list[int], biases: list[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """The router with a bias that keeps it from choosing other rows than these."""
@@ -219,14 +258,7 @@ class LayerProbe:
             new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
             table[leaf] = new  # type: ignore[index, assignment]
             undo.append((table, leaf, old))
-        numbers = []
-        for (path, attribute), value in self.axes.numbers.items():
-            if path in modules:
-                own, rest = divmod(value * len(rows), self.axes.count)
-                if rest:
-                    own = value
-                numbers.append((modules[path], attribute, value))
-                setattr(modules[path], attribute, own)
+        numbers = self._resize(modules, len(rows))
         try:
             yield
         finally:

@@ -51,7 +51,7 @@ from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
 from bitnest.quantize.fates import Fates, Reducer, read_fates
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
-from bitnest.recipe import resolved, sized
+from bitnest.recipe import PRUNERS, resolved, sized
 from bitnest.sites import Site
 from bitnest.targets import Target
 
@@ -527,6 +527,11 @@ class Planner:
         rules = Plan.of(self.whole(plan)).rules
         return replace(self.job, recipe=replace(self.job.recipe, format="dense", rules=rules))
 
+    def _pruned(self, plan: Mapping[str, str]) -> str:
+        """How sparse formats of a plan were measured, empty where that is the usual way."""
+        way = str(self.predictor.statistics.header["options"].get("prune", PRUNERS[0]))
+        return way if way != PRUNERS[0] and any("%" in name for name in plan.values()) else ""
+
     def whole(self, plan: Mapping[str, str]) -> dict[str, str]:
         """Format name of every site of the model: the plan's, elsewhere the recipe's."""
         return {
@@ -559,6 +564,7 @@ class Planner:
             policy=policy,
             asked=self._spoken(budget),
             expected=expected(planned),
+            prune=self._pruned(menu.plan(choice)),
         )
         return replace(planned, plan=plan)
 
