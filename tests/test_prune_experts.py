@@ -315,7 +315,7 @@ def test_tuning_leaves_alone_what_cannot_be_better(tiny: Builder) -> None:
 def test_blocks_that_change_nothing_go_first(tiny: Builder, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = tiny("qwen3_moe", "deep", num_hidden_layers=4)
+    path = tiny("qwen3_moe", "silent", num_hidden_layers=4)
     state = load_file(path / "model.safetensors")
     for name, tensor in state.items():
         if name.startswith("model.layers.2.") and ("o_proj" in name or "down_proj" in name):
@@ -332,7 +332,7 @@ def test_blocks_that_change_nothing_go_first(tiny: Builder, tmp_path: Path) -> N
 
 
 def test_prune_writes_what_transformers_opens(tiny: Builder, tmp_path: Path) -> None:
-    path, out = tiny("qwen3_moe", "deep", num_hidden_layers=4), tmp_path / "out"
+    path, out = tiny("qwen3_moe", "pruned", num_hidden_layers=4), tmp_path / "out"
     text = tmp_path / "t.txt"
     text.write_text(words(4000), encoding="utf-8")
     arguments = [

@@ -120,13 +120,13 @@ def test_rows_of_a_group_stay_in_it(tiny: Builder) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
 def test_dropped_block_is_a_shallower_model(tiny: Builder, family: str) -> None:
     options = {"first_k_dense_replace": 2} if family == "deepseek_v2" else {}
-    path = tiny(family, "deep", num_hidden_layers=4, **options)
+    path = tiny(family, "four", num_hidden_layers=4, **options)
     reduced = ReducedCheckpoint.of(Checkpoint.open(path), Reduction({}, dropped=(1,)))
     assert torch.equal(logits(dense(reduced)), logits(smaller(path, (0, 1, 2, 3), (0, 2, 3))))
 
 
 def test_experts_and_blocks_go_together(tiny: Builder) -> None:
-    path = tiny("mixtral", "deep", num_hidden_layers=4)
+    path = tiny("mixtral", "four", num_hidden_layers=4)
     layers = {b: keep(0, 3) for b in (0, 3)}
     reduced = ReducedCheckpoint.of(Checkpoint.open(path), Reduction(layers, dropped=(1, 2)))
     assert reduced.config["num_local_experts"] == 2

@@ -211,10 +211,13 @@ class Builder:
     root: Path
     tokenizer: Any
     _made: dict[str, Path] = field(default_factory=dict)
+    _options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __call__(self, family: str, variant: str = "", **options: Any) -> Path:
         """The checkpoint of `family`. variant: names a set of changed config `options`."""
         key = f"{family}-{variant}" if variant else family
+        if self._options.setdefault(key, options) != options:
+            raise ValueError(f"{key} is another model elsewhere: name this variant otherwise")
         if key not in self._made:
             self._made[key] = self.root / key
             save(FAMILIES[family], self._made[key], self.tokenizer, **options)
