@@ -112,12 +112,11 @@ def prune(
     """Write `model` with fewer experts and blocks into the directory `out`.
 
     lora: adapters, PATH or PATH:scale, merged in first. experts: how many to keep of every layer,
-    `12`, or `75%`. blocks: how many to leave out. score:
-    which experts go, see `prune.experts.scores`. fate: drop or merge. align: neurons before they
-    are merged. tune: the routers afterwards, where that is measured to help; None: if the memory
-    holds the model, which the score `measured` needs too. data, samples, length,
-    seed: calibration texts, windows and tokens. statistics: for the score `fisher`. fresh: discard
-    an unfinished run.
+    `12`, or `75%`. blocks: how many to leave out. score: which experts go, see
+    `prune.experts.scores`. fate: drop or merge. align: neurons before they are merged. tune: the
+    routers afterwards, where that is measured to help; None: if the memory holds the model, which
+    the score `measured` needs too. data, samples, length, seed: calibration texts, windows and
+    tokens. statistics: for the score `fisher`. fresh: discard files of an unfinished run.
 
     Raises:
         RecipeError: nothing to do, or what no layer can be left with.
