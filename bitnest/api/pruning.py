@@ -42,10 +42,9 @@ LEAST_WINDOWS = 8  # to tune them on
 @dataclass(frozen=True)
 class Chosen:
     """What is to go. errors: block -> relative error of its experts' output, by itself and before
-    routers are tuned. similar:
-    block -> 1 - cosine of what it reads and gives, of every block, where blocks go. score: that
-    experts were chosen by. measured: KL on the calibration text by score, where several were tried.
-    tuned: of the routers, None if they were not."""
+    routers are tuned. similar: block -> 1 - cosine of what it reads and gives, of every block,
+    where blocks go. score: that experts were chosen by. measured: KL on the calibration text by
+    score, where several were tried. tuned: of the routers, None if they were not."""
 
     reduction: Reduction
     errors: dict[int, float]

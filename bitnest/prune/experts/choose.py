@@ -112,7 +112,7 @@ def layer_error(probe: LayerProbe, reduced: Reduced) -> float:
     layer = reduced.layer
     outputs = torch.stack([merged_output(probe, own) for own in layer.slots])
     if reduced.rows:
-        with probe.router(reduced.rows):
+        with probe.router(reduced.rows, len(layer.rows)):
             index, gates = probe.choices(range(len(layer.rows)))
         return probe.error(probe.mix(index, gates, outputs))
     index, gates = probe.choices(layer.sources)

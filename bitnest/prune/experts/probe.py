@@ -69,7 +69,7 @@ class LayerProbe:
     target: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._whole: int | None = None
+        self._other_router = False
         self.read = self._read()
         self.index, self.gates = self.choices(range(self.experts))
         self.outputs = self._outputs()
@@ -95,7 +95,7 @@ class LayerProbe:
         that forbids the others; of the rest the rows are cut out.
         """
         rows = list(rows)
-        if self._whole is not None:  # another router has its place
+        if self._other_router:  # it has no more rows than are asked for
             return self._run()[:2]
         biases = [
             (name, old) for name, _, old in self.router_tensors() if old.numel() == self.experts
@@ -201,11 +201,10 @@ class LayerProbe:
         return numbers
 
     @contextmanager
-    def router(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The layer with another router, of fewer rows. tensors: by the model's names."""
+    def router(self, tensors: Mapping[str, torch.Tensor], rows: int) -> Iterator[None]:
+        """The layer with another router, of fewer `rows`. tensors: by the model's names."""
         modules = dict(self.parent.named_modules(prefix=self.name.rpartition(".")[0]))
         saved = []
-        rows = min(len(t) for t in tensors.values())
         for name, values in tensors.items():
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
@@ -216,11 +215,11 @@ class LayerProbe:
                 nn.Parameter(new, requires_grad=False) if table is owner._parameters else new
             )
         numbers = self._resize(modules, rows)
-        self._whole = rows
+        self._other_router = True
         try:
             yield
         finally:
-            self._whole = None
+            self._other_router = False
             for table, leaf, old in saved:
                 table[leaf] = old
             for owner, attribute, value in numbers:
