@@ -19,8 +19,10 @@ MANIFEST = "bitnest.json"
 FILE_NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # hidden ones are for bookkeeping
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DIGITS = 6  # of a site's error in the manifest
-# what sites of one group do not share; the last may be left out
-OWN = ("expert", "format", "nbytes", "error", "tokens", "sensitivity")
+# what sites of one group do not share; the last OPTIONAL are left out from the first on after which
+# there is nothing more to say
+OWN = ("expert", "format", "nbytes", "error", "tokens", "sensitivity", "input_scale")
+OPTIONAL = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class SiteRecord:
     packed file that holds it; empty when it stays among the dense tensors, or is zero and has none.
     narrower: of a nested format, the error at every width below its widest. sensitivity: nats of
     KL that a unit of error is predicted to cost, by text (manifest key `sensitivity`); in nested
-    artifacts made with statistics, else empty.
+    artifacts made with statistics, else empty. inputs: format that what it reads is rounded to as
+    the model runs (`formats/inputs`), empty for none. input_scale: the static scale of these.
     """
 
     site: Site
@@ -43,6 +46,8 @@ class SiteRecord:
     file: str
     narrower: tuple[float, ...] = ()
     sensitivity: tuple[float, ...] = ()
+    inputs: str = ""
+    input_scale: float | None = None
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -63,6 +68,8 @@ class SiteRecord:
         errors = [rounded(e) for e in self.errors]
         record["error"] = errors if self.narrower else errors[0]
         record["sensitivity"] = [rounded(s) for s in self.sensitivity]
+        if not self.inputs:
+            del record["inputs"]
         return {**record.pop("site"), **record}
 
     @classmethod
@@ -70,7 +77,9 @@ class SiteRecord:
         """The inverse of `to_json`."""
         fields = dict(record)
         own = {k: fields.pop(k) for k in ("format", "nbytes", "error", "tokens", "file")}
-        own["sensitivity"] = tuple(fields.pop("sensitivity", ()))
+        own["sensitivity"] = tuple(fields.pop("sensitivity", None) or ())
+        own["inputs"] = fields.pop("inputs", "")
+        own["input_scale"] = fields.pop("input_scale", None)
         fields["shape"] = tuple(fields["shape"])
         if isinstance(own["error"], list):
             *narrower, own["error"] = own["error"]
@@ -197,7 +206,9 @@ def fold(sites: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     experts have their number replaced by `{expert}`."""
     groups: dict[str, dict[str, Any]] = {}
     for site in sites:
-        own = [site[key] for key in OWN if key != OWN[-1] or site.get(key)]
+        own = [site.get(key) for key in OWN]
+        while len(own) > len(OWN) - OPTIONAL and not own[-1]:
+            own.pop()
         shared = {key: value for key, value in site.items() if key not in OWN}
         parts = shared["name"].rsplit(f".{site['expert']}.", 1)
         if len(parts) == 2:
@@ -211,6 +222,6 @@ def unfold(groups: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for group in groups:
         shared = {key: value for key, value in group.items() if key != "sites"}
         for row in group["sites"]:
-            own = dict(zip(OWN, [*row, []] if len(row) < len(OWN) else row, strict=True))
+            own = dict(zip(OWN, [*row, *[None] * (len(OWN) - len(row))], strict=True))
             name = shared["name"].replace("{expert}", str(own["expert"]))
             yield {**shared, "name": name, **own}

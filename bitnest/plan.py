@@ -29,10 +29,9 @@ from typing import Any
 import yaml
 
 from bitnest.errors import FormatError, PlanError, RecipeError
-from bitnest.formats import parse_format
 from bitnest.formats.names import parse_widths
 from bitnest.patterns import Names, fold, matcher
-from bitnest.recipe import PRUNERS, Rule
+from bitnest.recipe import PRUNERS, Rule, check_format
 from bitnest.sites import Site
 from bitnest.targets import TARGETS
 from bitnest.workdir import write_text
@@ -251,6 +250,6 @@ def _rule(node: yaml.Node, where: str) -> Rule:
     pattern, fmt = pair(node, where, HINT)
     try:
         matcher(pattern)
-        return Rule(pattern, parse_format(fmt).name)
+        return Rule(pattern, check_format(fmt))
     except (RecipeError, FormatError) as error:
         raise broken(error.what, node, where, error.hint) from error

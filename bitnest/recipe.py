@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bitnest.errors import RecipeError
-from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
+from bitnest.formats import AnyFormat, CodedFormat, DenseFormat, integer, parse_format
+from bitnest.formats.inputs import DENSE, InputFormat, parse_inputs, split_name, weights_of
 from bitnest.formats.names import sparse_name
 from bitnest.patterns import Names
 from bitnest.sites import UNNAMED_DENSE, Site
@@ -22,6 +23,7 @@ from bitnest.sites import UNNAMED_DENSE, Site
 METHODS = ("gptq", "rtn")
 WEIGHTINGS = ("none", "gate", "gate2")  # of tokens in an expert's H: 1, gate weight, its square
 PRUNERS = ("sparsegpt", "wanda", "magnitude")  # how sparse formats choose (`prune/`)
+STATIC = ("mse", "percentile", "absmax")  # how static scales of inputs are chosen
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
 DEFAULT_SAMPLES = 64
@@ -48,8 +50,18 @@ class Rule:
                 f"a rule reads PATTERN=FORMAT, not '{text}'",
                 hint="for example --rule 'kind:attention=int8-g128' or --rule '*.down_proj=dense'",
             )
-        parse_format(fmt)
+        check_format(fmt)
         return cls(pattern, fmt)
+
+    @property
+    def weights(self) -> str:
+        """The format that matching sites are stored in."""
+        return weights_of(self.format)
+
+    @property
+    def inputs(self) -> str | None:
+        """What their inputs are rounded to, `dense` for nothing; None: what the recipe says."""
+        return split_name(self.format)[1]
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,9 @@ class Recipe:
     an expert's H leans on its layer's inputs; None: as many as the expert has input channels.
     clip: search the clipping ratio of every scale. seed: of the choice of calibration windows.
     width_weights: (width, how much its error counts) in nested codes of kind nest and mat, 1 for
-    others. prune: how sparse formats choose what stays (`prune/solution.py`).
+    others. prune: how sparse formats choose what stays (`prune/solution.py`). inputs: what inputs
+    of packed matrices in the blocks are rounded to unless a rule says (`formats/inputs`), empty for
+    nothing. static: how static scales of inputs are chosen (`kernels/inputs`).
     """
 
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
@@ -74,9 +88,18 @@ class Recipe:
     seed: int = 0
     width_weights: tuple[tuple[int, float], ...] = ()
     prune: str = PRUNERS[0]
+    inputs: str = ""
+    static: str = STATIC[0]
 
     def __post_init__(self) -> None:
         parse_format(self.format)
+        if self.inputs:
+            parse_inputs(self.inputs)
+        if self.static not in STATIC:
+            raise RecipeError(
+                f"unknown way to choose a static scale '{self.static}'",
+                hint="one of " + ", ".join(STATIC),
+            )
         if self.method not in METHODS:
             raise RecipeError(
                 f"unknown method '{self.method}'", hint="one of " + ", ".join(METHODS)
@@ -123,7 +146,7 @@ class Recipe:
             chosen[site.name] = sized(parse_format(name), itemsize)
         names = Names(sites)
         for rule in self.rules:
-            fmt = sized(parse_format(rule.format), itemsize)
+            fmt = sized(parse_format(rule.weights), itemsize)
             hits = names.matching(rule.pattern)
             if not hits:
                 raise RecipeError(
@@ -132,6 +155,34 @@ class Recipe:
                 )
             chosen.update(dict.fromkeys(hits, fmt))
         return chosen
+
+    def input_formats(
+        self, sites: Sequence[Site], formats: Mapping[str, AnyFormat]
+    ) -> dict[str, InputFormat]:
+        """What inputs are rounded to, by site; sites that are not named read them as they are.
+
+        formats: of the weights.
+
+        Raises:
+            RecipeError: a rule that rounds what a router or an end reads.
+        """
+        chosen = {s.name: self.inputs for s in sites if s.kind not in UNNAMED_DENSE}
+        names, by_name = Names(sites), {site.name: site for site in sites}
+        for rule in self.rules:
+            if rule.inputs is None:
+                continue
+            for hit in names.matching(rule.pattern):
+                if by_name[hit].kind in UNNAMED_DENSE and rule.inputs != DENSE:
+                    raise RecipeError(
+                        f"rule '{rule.pattern}={rule.format}' rounds what '{hit}' reads",
+                        hint="routers, embeddings and heads read their inputs as they are",
+                    )
+                chosen[hit] = rule.inputs
+        return {
+            name: parse_inputs(inputs)
+            for name, inputs in chosen.items()
+            if inputs not in {"", DENSE} and isinstance(formats[name], CodedFormat)
+        }
 
     def ruled(self, sites: Sequence[Site]) -> dict[str, str]:
         """Format names that rules give, by site.
@@ -142,7 +193,7 @@ class Recipe:
         names = Names(sites)
         found: dict[str, str] = {}
         for rule in self.rules:
-            found.update(dict.fromkeys(names.matching(rule.pattern), rule.format))
+            found.update(dict.fromkeys(names.matching(rule.pattern), rule.weights))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +203,26 @@ class Recipe:
             del values["width_weights"]
         if self.prune == PRUNERS[0]:  # so that runs from before there was a choice resume
             del values["prune"]
+        for key, usual in (("inputs", ""), ("static", STATIC[0])):
+            if values[key] == usual:
+                del values[key]
         return values
+
+
+def check_format(name: str) -> str:
+    """A format as rules name it, WEIGHTS or WEIGHTS/INPUTS, in its usual spelling.
+
+    Raises:
+        FormatError, RecipeError: there is none.
+    """
+    weights, inputs = split_name(name)
+    fmt = parse_format(weights)
+    if inputs not in {None, DENSE} and not isinstance(fmt, CodedFormat):
+        raise RecipeError(
+            f"'{name}': only inputs of packed weights are rounded",
+            hint=f"for example int8-channel/{inputs}, or {weights} alone",
+        )
+    return fmt.name if inputs is None else f"{fmt.name}/{inputs}"
 
 
 def parse_width_weight(text: str) -> tuple[int, float]:
@@ -192,14 +262,17 @@ def resolved(
         fit["min_tokens"] = recipe.min_tokens
     if recipe.width_weights:
         fit["width_weights"] = [f"{width}={weight:g}" for width, weight in recipe.width_weights]
-    named = [recipe.format, *(rule.format for rule in recipe.rules)]
+    named = [recipe.format, *(rule.weights for rule in recipe.rules)]
     named += [(dial or {}).get("format", ""), *(planning or {}).get("candidates", ())]
     if recipe.prune != PRUNERS[0] or any("%" in name for name in named):
         fit["prune"] = recipe.prune
+    if recipe.static != STATIC[0]:
+        fit["static"] = recipe.static
     data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
     return {
         **({"lora": list(lora)} if lora else {}),
         **({"format": recipe.format} if dial is None else dial),
+        **({"inputs": recipe.inputs} if recipe.inputs else {}),
         **(planning or {}),
         "rules": [{rule.pattern: rule.format} for rule in recipe.rules],
         "fit": fit,

@@ -7,11 +7,13 @@
     ends: true                     plan embedding and head
     nested: 2-8                    widths to read weights at; base_size: 6GiB at their narrowest
     format: int4-g128              one format instead of a budget
+    inputs: int8-token             what inputs are rounded to as the model runs
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}
                                    prune: sparsegpt, wanda or magnitude in sparse formats;
-                                   width_weights: [3=4] where weights are nested
+                                   width_weights: [3=4] where weights are nested;
+                                   static: mse, percentile or absmax for static inputs
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
     lora: [code-adapter:0.5]       merged in first
@@ -160,7 +162,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
         "weighting": ("weighting", _fits("weighting", _word)),
         "min_tokens": ("min_tokens", _fits("min_tokens", _whole)), "clip": ("clip", _flag),
         "width_weights": ("width_weights", _width_weight),
-        "prune": ("prune", _fits("prune", _word)),
+        "prune": ("prune", _fits("prune", _word)), "static": ("static", _fits("static", _word)),
     },
     "data": {
         "texts": ("data", _word), "samples": ("samples", _from(1)), "length": ("length", _from(2)),
@@ -171,6 +173,7 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "target": ("target", _one_of(TARGETS)), "policy": ("policy", _one_of(POLICIES)),
     "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
     "format": ("format", _format), "check": ("check", _word),
+    "inputs": ("inputs", _fits("inputs", _word)),
     "lora": ("lora", _word), "nested": ("nested", _widths), "base_size": ("base_size", _size),
 }  # fmt: skip
 LISTS = {"candidates", "lora", "check", "data.texts", "fit.width_weights"}  # of such values

@@ -30,6 +30,7 @@ from bitnest.api.texts import calibration_set, check_length, check_vocabulary, s
 from bitnest.artifact import is_artifact
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import widths
+from bitnest.formats.inputs import parse_inputs, split_name, weights_of
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
@@ -38,6 +39,7 @@ from bitnest.recipe import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
     PRUNERS,
+    STATIC,
     Recipe,
     Rule,
     default_format,
@@ -93,6 +95,8 @@ def compress(
     clip: bool = True,
     width_weights: Sequence[str] = (),
     prune: str = PRUNERS[0],
+    inputs: str | None = None,
+    static: str = STATIC[0],
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
@@ -118,8 +122,9 @@ def compress(
     overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
     the embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
     calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
-    width_weights: `3=4`, see there too; so is prune. memory: bytes the process may use. compute:
-    type samples are calibrated in, see `quantize.compress.prepare`. statistics: directory that
+    width_weights: `3=4`, see there too; so are prune and static. inputs: what the inputs of packed
+    matrices are rounded to as the model runs (`formats/inputs`). memory: bytes the process may use.
+    compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: what
     `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
     without one looks there for those it was made of. fresh: forget an unfinished run instead of
     resuming it. announce: called with the plan, where one was made, and what it will take, before
@@ -135,6 +140,7 @@ def compress(
     from bitnest.quantize.sizing import artifact_sizes
 
     check_policy(policy)
+    format, inputs = with_inputs(format, inputs)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     nesting = None
     if nested is not None and (format is not None or plan is not None):
@@ -161,6 +167,7 @@ def compress(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
         width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
+        inputs=parse_inputs(inputs).name if inputs else "", static=static,
     )  # fmt: skip
     maker = Maker(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress,
@@ -260,6 +267,20 @@ def compress(
     return replace(
         result, forecast=result.forecast or forecast.to_json(), peak_memory=peak_resident()
     )
+
+
+def with_inputs(format: str | None, inputs: str | None) -> tuple[str | None, str | None]:
+    """Weights and inputs of a format that may say both.
+
+    Raises:
+        RecipeError: inputs are given twice.
+    """
+    if format is None or "/" not in format:
+        return format, inputs
+    weights, said = split_name(format)
+    if inputs is not None and said != inputs:
+        raise RecipeError(f"--format {format} already says inputs", hint="leave out --inputs")
+    return weights, said
 
 
 def check_weights(recipe: Recipe, nesting: Nesting | None, job: Job) -> None:
@@ -503,11 +524,13 @@ class Maker:
         own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
         recipe = replace(job.recipe, format="dense", rules=own)
         before = plan.formats(job.sites)  # names the line of a rule that matches nothing
-        job = replace(job, recipe=recipe, formats=recipe.formats(job.sites, job.itemsize))
+        formats = recipe.formats(job.sites, job.itemsize)
+        inputs = recipe.input_formats(job.sites, formats)
+        job = replace(job, recipe=recipe, formats=formats, inputs=inputs)
         check_target(job, plan)
         if statistics is not None and named:
             check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
-        overruled = any(job.formats[name].name != fmt for name, fmt in before.items())
+        overruled = any(job.formats[name].name != weights_of(fmt) for name, fmt in before.items())
         job = replace(job, plan=replace(plan, overruled=overruled))
         return self.carry_out(job, statistics, out, ready=ready, named=named)
 

@@ -36,6 +36,15 @@ def command(
         help="With --format or --group, else of 16-bit weights: 50%, 2:4, 4:8, or b16x16-50.",
     ),
     prune: str = dials.Prune,
+    inputs: str = typer.Option(
+        None,
+        "--inputs",
+        help="What inputs of packed matrices are rounded to as the model runs: int8-token, "
+        "int6-g128, fp8-token, mxfp4 ... (default: they stay as they are).",
+    ),
+    static: str = typer.Option(
+        "mse", "--static", help="How static scales of inputs are chosen: mse, percentile, absmax."
+    ),
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
@@ -111,7 +120,8 @@ def command(
     values: dict[str, Any] = {
         "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
-        "group": group, "sparsity": sparsity, "prune": prune, "nested": nested,
+        "group": group, "sparsity": sparsity, "prune": prune, "inputs": inputs,
+        "static": static, "nested": nested,
         "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
         "candidates": candidate,
@@ -208,18 +218,22 @@ def default_name(model: str, values: Mapping[str, Any]) -> str:
     from bitnest.recipe import DEFAULT_BITS, default_format
 
     name = name_with(Path(model).name, values["lora"])
+    if (fmt := values["format"]) is not None and "/" in fmt:
+        fmt, _, spelt = fmt.partition("/")
+        values = {**values, "format": fmt, "inputs": spelt}
+    inputs = f"-inputs-{values['inputs']}" if values.get("inputs") else ""
     if values["plan"] is not None:
-        return f"{name}-{Path(values['plan']).stem}"
+        return f"{name}-{Path(values['plan']).stem}{inputs}"
     if values["nested"]:
         name = f"{name}-nested-{values['nested'].replace(',', '')}"
     dial = any(values[key] is not None for key in ("bits", "size", "max_kl", "min_agreement"))
     if values["nested"] and not dial:
-        return name
+        return f"{name}{inputs}"
     asked = [values.get(key) for key in ("format", "group", "sparsity")]
     if any(asked):
         chosen = default_format(values["bits"], *asked)
-        return f"{name}-{chosen.replace('%', '-sparse').replace(':', 'of')}"
+        return f"{name}-{chosen.replace('%', '-sparse').replace(':', 'of')}{inputs}"
     for key in ("size", "max_kl", "min_agreement"):
         if values[key] is not None:
-            return f"{name}-{key.replace('_', '-')}-{values[key]:g}"
-    return f"{name}-{values['bits'] or DEFAULT_BITS:g}bit"
+            return f"{name}-{key.replace('_', '-')}-{values[key]:g}{inputs}"
+    return f"{name}-{values['bits'] or DEFAULT_BITS:g}bit{inputs}"

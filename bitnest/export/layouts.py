@@ -30,6 +30,7 @@ from bitnest.formats import (
     BlockSparseFormat,
     LowRankFormat,
     SparseFormat,
+    SplitFormat,
     TransformedFormat,
     ZeroFormat,
     parse_format,
@@ -199,6 +200,8 @@ def _missing(fmt: AnyFormat) -> str:
     if isinstance(fmt, TransformedFormat):
         kind = f"@{fmt.kind}{fmt.block or ''}"
         return f"a compressed-tensors weight is stored in its own basis, not transformed ({kind})"
+    if isinstance(fmt, SplitFormat):
+        return "engines have one format for all channels of a matrix"
     assert isinstance(fmt, BlockFormat)
     element = fmt.element
     if isinstance(element, IntElement):

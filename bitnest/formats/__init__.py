@@ -12,6 +12,7 @@ from bitnest.formats.fates import FateFormat, fates_apart
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
+from bitnest.formats.split import SplitFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     CodedFormat,
@@ -30,6 +31,6 @@ from bitnest.formats.zero import ZeroFormat
 __all__ = [
     "AnyFormat", "BlockFormat", "BlockSparseFormat", "CodedFormat", "DenseFormat", "FateFormat",
     "Format", "LowRankFormat", "NestedFormat", "PackedFormat", "Part", "SparseFormat",
-    "TransformedFormat", "ZeroFormat", "code_bits", "core_format", "cut", "fates_apart", "integer",
-    "kept_weights", "parse_format", "refinement", "total_bytes", "widths",
+    "SplitFormat", "TransformedFormat", "ZeroFormat", "code_bits", "core_format", "cut",
+    "fates_apart", "integer", "kept_weights", "parse_format", "refinement", "total_bytes", "widths",
 ]  # fmt: skip

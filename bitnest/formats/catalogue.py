@@ -17,6 +17,7 @@ from bitnest.formats.elements import FloatElement, TableElement, TernaryElement
 from bitnest.formats.names import parse_format
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
+from bitnest.formats.split import SplitFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     CoreFormat,
@@ -176,6 +177,8 @@ def base_family(fmt: PackedFormat) -> str:
         return "nested"
     if isinstance(base, SparseFormat | BlockSparseFormat):
         return "sparse"
+    if isinstance(base, SplitFormat):
+        return "split"
     if base.alias:
         return base.alias[:2]
     if base.scale == "dual":
@@ -201,6 +204,8 @@ def scale_kind(fmt: AnyFormat) -> str:
     base = core_format(fmt)
     if isinstance(base, SparseFormat | BlockSparseFormat):
         return scale_kind(base.base)
+    if isinstance(base, SplitFormat):
+        return f"{scale_kind(base.wide)}, {scale_kind(base.base)}"
     if isinstance(base, NestedFormat):
         return {
             "nest": "half, tables", "mat": "half, lines", "mwq": "half per bit, zero",

@@ -1,7 +1,7 @@
 """Format names: one grammar, read and written.
 
 name      base [%sparsity] [@transform]... [+residual], dense [%sparsity], zero or a fate
-base      alias | element-grain[-option]... | nested
+base      alias | element-grain[-option]... | nested | <n>x<base>~<base>
 element   int1..int8, fp<bits>_e<E>m<M>, nf4, lut2..lut4, ternary, dgq4
 grain     tensor, channel, g16..g128, b<rows>x<columns>
 option    asym, balanced, dict (ternary), m1, m2, dq, e8m0[-ocp|-ceil], e4m3
@@ -13,6 +13,9 @@ nested    nest<widths>-g<group>, mat<widths>-g<group>, mwq<widths>-g<group>, any
           stack<widths>-r<rank>; widths are digits: nest2345678-g128
 residual  lorc<rank>, lqer<rank>, hlr<rank>
 fate      drop, constant, copy, merge<expert>
+
+`<n>x...~...`: the first n input channels in the first base (`split`). What follows a slash in rules
+and candidates is the format of inputs (`inputs`), no part of these names.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from bitnest.formats.fates import parse_fate
 from bitnest.formats.minifloat import MiniFloat
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
+from bitnest.formats.split import SplitFormat
 from bitnest.formats.wrappers import (
     AnyFormat,
     CodedFormat,
@@ -85,6 +89,7 @@ _NESTED = re.compile(
     r"(?P<kind>nest|mat|mwq|any|stack)(?P<widths>[0-9]{1,8})"
     rf"-(?:channel|g(?P<group>{_NUMBER})|r(?P<rank>{_NUMBER}))"
 )
+_SPLIT = re.compile(r"(?P<channels>[1-9][0-9]{0,5})x(?P<wide>[^~]+)~(?P<rest>[^~]+)")
 _SPARSITY = re.compile(
     rf"(?P<drop>{_NUMBER})|(?P<keep>{_NUMBER}):(?P<cell>{_NUMBER})"
     rf"|b(?P<rows>{_NUMBER})x(?P<columns>{_NUMBER})-(?P<share>{_NUMBER})"
@@ -106,6 +111,11 @@ def parse_format(name: str) -> AnyFormat:
         return ZeroFormat()
     if (fate := parse_fate(name)) is not None:
         return fate
+    if "/" in name:
+        raise FormatError(
+            f"'{name}': what follows the slash is a format of inputs, and has no place here",
+            hint="WEIGHTS/INPUTS is for rules and candidates; --format takes --inputs beside it",
+        )
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
     base, mark, pattern = name[:cut].partition("%")
     core = _sparse(base, pattern, name) if mark else parse_base(base, name)
@@ -123,7 +133,8 @@ def _sparse(base: str, pattern: str, whole: str) -> SparseFormat | BlockSparseFo
     fmt = DenseFormat() if base == "dense" else parse_base(base, whole)
     if not isinstance(fmt, BlockFormat | DenseFormat):
         raise FormatError(
-            f"nested formats have no sparsity, not '{whole}'", hint="for example int4-g128%2:4"
+            f"nested and split formats have no sparsity, not '{whole}'",
+            hint="for example int4-g128%2:4",
         )
     if found["rows"]:
         return BlockSparseFormat(fmt, *(int(found[k]) for k in ("rows", "columns", "share")))
@@ -195,6 +206,11 @@ def parse_base(text: str, whole: str = "") -> CoreFormat:
                 hint="the MX formats take -ocp or -ceil, for how the exponent is chosen",
             )
         return replace(fmt, rule=rule)
+    if split := _SPLIT.fullmatch(text):
+        first, rest = parse_base(split["wide"], whole), parse_base(split["rest"], whole)
+        if not isinstance(first, BlockFormat) or not isinstance(rest, BlockFormat):
+            raise FormatError(f"'{whole or text}': parts of a matrix are not nested", hint=HINT)
+        return SplitFormat(first, int(split["channels"]), rest)
     if nested := _NESTED.fullmatch(text):
         group, rank = (int(nested[k]) if nested[k] else None for k in ("group", "rank"))
         return NestedFormat(nested["kind"], tuple(map(int, nested["widths"])), group, rank)

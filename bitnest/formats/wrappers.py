@@ -24,9 +24,10 @@ from bitnest.formats.block import BlockFormat
 from bitnest.formats.block_sparse import BlockSparseFormat
 from bitnest.formats.nested import NestedFormat
 from bitnest.formats.sparse import SparseFormat
+from bitnest.formats.split import SplitFormat
 from bitnest.formats.zero import ZeroFormat
 
-CoreFormat = BlockFormat | NestedFormat | SparseFormat | BlockSparseFormat
+CoreFormat = BlockFormat | NestedFormat | SparseFormat | BlockSparseFormat | SplitFormat
 TRANSFORMS = ("had", "rhad", "awq", "perm")
 HADAMARD_BLOCKS = (16, 32, 64, 128)
 RESIDUALS = ("lorc", "lqer", "hlr")
@@ -227,6 +228,8 @@ def code_bits(fmt: AnyFormat, shape: tuple[int, int]) -> int:
     """Bits of the codes of an (out, in) matrix; of sparse ones the survivors' and the mask's."""
     core = fmt if isinstance(fmt, DenseFormat | ZeroFormat) else core_format(fmt)
     mask = 0
+    if isinstance(core, SplitFormat):
+        return core.code_bits(shape)
     if isinstance(core, SparseFormat):
         mask = shape[0] * shape[1]
     elif isinstance(core, BlockSparseFormat):

@@ -24,11 +24,13 @@ from bitnest.formats import (
     LowRankFormat,
     NestedFormat,
     SparseFormat,
+    SplitFormat,
     TransformedFormat,
     ZeroFormat,
 )
 from bitnest.formats.elements import FloatElement, IntElement, TableElement, TernaryElement
 from bitnest.formats.segments import split_parts
+from bitnest.formats.split import WIDE
 from bitnest.kernels.block_sparse import block_mask, place_blocks, spread_mask
 from bitnest.kernels.hadamard import random_signs, unrotate, whole_block
 from bitnest.kernels.minifloat import decode as decode_minifloat
@@ -71,10 +73,25 @@ def decode(
         return _decode_sparse(tensors, fmt, shape, dtype)
     if isinstance(fmt, BlockSparseFormat):
         return _decode_blocks(tensors, fmt, shape, dtype)
+    if isinstance(fmt, SplitFormat):
+        return torch.cat(
+            [decode(own, f, s, dtype) for own, f, s in split_tensors(tensors, fmt, shape)], 1
+        )
     weight = decode(tensors, fmt.base, shape)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank(tensors)).to(dtype)
     return undo_transform(weight, fmt, tensors).to(dtype)
+
+
+def split_tensors(
+    tensors: Tensors, fmt: SplitFormat, shape: tuple[int, int]
+) -> list[tuple[dict[str, torch.Tensor], BlockFormat, tuple[int, int]]]:
+    """Stored tensors, format and shape of the wider columns, if there are any, and of the rest."""
+    first, rest = fmt.shapes(shape)
+    wide = {n.removeprefix(WIDE): t for n, t in tensors.items() if n.startswith(WIDE)}
+    others = {n: t for n, t in tensors.items() if not n.startswith(WIDE)}
+    parts = [(wide, fmt.wide, first), (others, fmt.base, rest)]
+    return parts if first[1] else parts[1:]
 
 
 def undo_transform(weight: torch.Tensor, fmt: TransformedFormat, tensors: Tensors) -> torch.Tensor:
@@ -129,8 +146,8 @@ def scaled(
     """(values - zeros) * scales, of values (O, I) float32, which are used up."""
     rows, columns = values.shape
     g, groups = fmt.group_size(columns), fmt.groups(columns)
-    scales = _per_row(unpack_scales(tensors, fmt, groups), fmt, rows)
-    zeros = _zeros(tensors, fmt, rows, groups)
+    scales = per_row(unpack_scales(tensors, fmt, groups), fmt, rows)
+    zeros = zero_points(tensors, fmt, rows, groups)
     whole = columns // g * g
     weight = torch.empty((rows, columns), dtype=dtype, device=values.device)
     if whole:
@@ -156,7 +173,7 @@ def _decode_sparse(
         return spread(tensors["values"], place, columns, dtype)
     values = code_values(tensors, base, (rows, place.shape[1]))
     group, groups = place // base.group_size(columns), base.groups(columns)
-    zeros = _zeros(tensors, base, rows, groups)
+    zeros = zero_points(tensors, base, rows, groups)
     if zeros is not None:
         values = values.sub_(zeros.gather(1, group))
     scales = unpack_scales(tensors, base, groups)
@@ -175,7 +192,7 @@ def _decode_blocks(
     return weight.mul_(spread_mask(keep, fmt, shape))
 
 
-def _zeros(tensors: Tensors, fmt: BlockFormat, rows: int, groups: int) -> torch.Tensor | None:
+def zero_points(tensors: Tensors, fmt: BlockFormat, rows: int, groups: int) -> torch.Tensor | None:
     """Zero points (O, G), None where they are all 0."""
     element = fmt.element
     if isinstance(element, FloatElement | TableElement):
@@ -184,10 +201,10 @@ def _zeros(tensors: Tensors, fmt: BlockFormat, rows: int, groups: int) -> torch.
     if element.symmetric:
         return torch.full((rows, groups), element.zero, device=device)
     stored = unpack_bits(tensors["zeros"].T, int(element.bits), fmt.scale_rows(rows)).T
-    return _per_row(stored.float(), fmt, rows)
+    return per_row(stored.float(), fmt, rows)
 
 
-def _per_row(stored: torch.Tensor, fmt: BlockFormat, rows: int) -> torch.Tensor:
+def per_row(stored: torch.Tensor, fmt: BlockFormat, rows: int) -> torch.Tensor:
     """(R, G) to (O, G): blocks of rows share theirs."""
     if fmt.rows == 1:
         return stored

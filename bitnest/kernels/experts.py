@@ -24,6 +24,9 @@ Weights = Callable[[int, str], torch.Tensor]
 Added = Callable[[int, str, torch.Tensor, torch.Tensor], torch.Tensor]
 """(expert, parameter name, x, y): y = W x (n, out) with what adapters add to it."""
 
+Product = Callable[[int, str, torch.Tensor], torch.Tensor]
+"""(expert, parameter name, x): x W^T (n, out), in place of the product with its matrix."""
+
 
 @dataclass(frozen=True)
 class ExpertPass:
@@ -56,13 +59,15 @@ def experts_forward(
     watch: Watch | None = None,
     dropped: Collection[int] = (),
     added: Added | None = None,
+    product: Product | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts' outputs for every token.
 
     module: an experts module of transformers. hidden: (tokens, hidden). top_k_index,
     top_k_weights: (tokens, k); indices beyond the number of experts mean no expert. watch: sees
     every expert's inputs and outputs. dropped: experts whose down projection is all zeros: not
-    computed where zeros are all that would come out. added: adapters beside the matrices.
+    computed where zeros are all that would come out. added: adapters beside the matrices. product:
+    multiplies instead of `weights`, which are not asked for then.
     """
     output = torch.zeros_like(hidden)
     flat = top_k_index.flatten()
@@ -78,7 +83,7 @@ def experts_forward(
             continue
         chosen, own = tokens[start : start + count], gates[start : start + count]
         x = hidden[chosen]
-        up, inner, y = _expert(module, weights, expert, x, added)
+        up, inner, y = _expert(module, weights, expert, x, added, product)
         if watch is not None:
             watch(ExpertPass(expert, chosen, own, x, up, inner, y))
         y = _post_norm(module, y) * own[:, None].to(y.dtype)
@@ -88,20 +93,27 @@ def experts_forward(
 
 
 def _expert(
-    module: Any, weights: Weights, expert: int, x: torch.Tensor, added: Added | None = None
+    module: Any,
+    weights: Weights,
+    expert: int,
+    x: torch.Tensor,
+    added: Added | None = None,
+    product: Product | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One expert applied to rows x (n, hidden): first projection, down's input, output."""
 
-    def product(param: str, x: torch.Tensor) -> torch.Tensor:
+    def project(param: str, x: torch.Tensor) -> torch.Tensor:
         bias = _bias(module, param, expert, x)
-        if added is None:
+        if added is None and product is None:
             return F.linear(x, weights(expert, param), bias)
-        y = added(expert, param, x, F.linear(x, weights(expert, param)))
+        y = product(expert, param, x) if product else F.linear(x, weights(expert, param))
+        if added is not None:
+            y = added(expert, param, x, y)
         return y if bias is None else y + bias
 
-    up = product(up_name(module), x)
+    up = project(up_name(module), x)
     inner = _activate(module, up)
-    return up, inner, product("down_proj", inner)
+    return up, inner, project("down_proj", inner)
 
 
 def _activate(module: Any, up: torch.Tensor) -> torch.Tensor:

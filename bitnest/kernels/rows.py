@@ -28,6 +28,7 @@ from bitnest.formats import (
     LowRankFormat,
     NestedFormat,
     SparseFormat,
+    SplitFormat,
     ZeroFormat,
 )
 from bitnest.formats.block import DQ_ROWS
@@ -40,6 +41,7 @@ from bitnest.kernels.decode import (
     decode,
     low_rank,
     scaled,
+    split_tensors,
     undo_transform,
 )
 from bitnest.kernels.packing import pack_bits
@@ -55,6 +57,8 @@ def row_decodable(fmt: AnyFormat) -> bool:
     core = core_format(fmt)
     if isinstance(core, NestedFormat | SparseFormat | BlockSparseFormat):
         return True
+    if isinstance(core, SplitFormat):
+        return row_decodable(core.wide) and row_decodable(core.base)
     return not (isinstance(core.element, TernaryElement) and core.element.coded)
 
 
@@ -80,6 +84,9 @@ def decode_rows(
         return decode(own, sparse, (len(rows), shape[1]), dtype)
     if isinstance(fmt, BlockSparseFormat):
         return _block_rows(tensors, fmt, shape, rows, dtype)
+    if isinstance(fmt, SplitFormat):
+        parts = split_tensors(tensors, fmt, shape)
+        return torch.cat([decode_rows(own, f, s, rows, dtype) for own, f, s in parts], dim=1)
     weight = decode_rows(tensors, fmt.base, shape, rows)
     if isinstance(fmt, LowRankFormat):
         return weight.add_(low_rank({**tensors, "left": tensors["left"][rows]})).to(dtype)

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.changes import Change
@@ -241,7 +240,7 @@ class AdaptedLinear(PackedLinear):
         return self.added.matrix(self.packed.decode(torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.added(x, F.linear(x, self.packed.decode(x.dtype)))
+        y: torch.Tensor = self.added(x, self.packed.product(x))
         return y if self.bias is None else y + self.bias
 
 

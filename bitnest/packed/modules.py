@@ -13,7 +13,8 @@ not by transformers' loader, and `save_pretrained` of a packed model is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bitnest.formats import AnyFormat, ZeroFormat
+from bitnest.formats.inputs import InputFormat
 from bitnest.kernels.decode import decode
 from bitnest.kernels.experts import experts_forward
+from bitnest.kernels.products import CodedWeight, integer_weight, rounded_product
 from bitnest.kernels.rows import decode_rows, row_decodable
 from bitnest.sites import Site
 
@@ -34,7 +37,8 @@ class PackedWeight(nn.Module):
     """One site's stored tensors; `decode` gives the (out, in) matrix.
 
     fmt: how it is stored. shape: (out, in). Tensors are set by `load`. keep: hold on to the decoded
-    matrix, which takes its dense size and saves decoding it again.
+    matrix, which takes its dense size and saves decoding it again. inputs: how what it reads is
+    rounded, with the static scale of these, if they are; `rounds` switches that off and on.
     """
 
     def __init__(self, fmt: AnyFormat, shape: tuple[int, int]) -> None:
@@ -42,7 +46,11 @@ class PackedWeight(nn.Module):
         self.fmt = fmt
         self.shape = shape
         self.keep = False
+        self.inputs: InputFormat | None = None
+        self.static: float | None = None
+        self.rounds = True
         self._kept: torch.Tensor | None = None
+        self._codes: list[CodedWeight] | None = None
         parts = fmt.parts(shape)
         for name in parts:
             self.register_buffer(name, None, persistent=False)
@@ -64,7 +72,7 @@ class PackedWeight(nn.Module):
         for name in parts:
             if name not in self.parts:
                 self.register_buffer(name, tensors[name].to(device), persistent=False)
-        self.fmt, self.parts, self._kept = fmt, tuple(parts), None
+        self.fmt, self.parts, self._kept, self._codes = fmt, tuple(parts), None, None
 
     @property
     def loaded(self) -> bool:
@@ -84,6 +92,26 @@ class PackedWeight(nn.Module):
         if self.keep:
             self._kept = dense
         return dense
+
+    @property
+    def rounding(self) -> bool:
+        """Whether inputs are rounded."""
+        return self.inputs is not None and self.rounds and not self.dropped
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, (..., out) of x (..., in), in x's type."""
+        if not self.rounding:
+            return F.linear(x, self.decode(x.dtype))
+        assert self.inputs is not None
+        codes = self._codes
+        if codes is None and self.inputs.integer:
+            codes = integer_weight(self.tensors, self.fmt, self.shape)
+            self._codes = codes if self.keep else None
+        y = rounded_product(
+            x.reshape(-1, self.shape[1]).float(), self.inputs, self.static, self.fmt, self.tensors,
+            codes=codes, dense=self.decode(torch.float32) if codes is None else None,
+        )  # fmt: skip
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Some of its rows (n,) int64, decoded: (n, in)."""
@@ -115,7 +143,21 @@ class PackedWeight(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.fmt.name}, shape={self.shape}"
+        inputs = f"/{self.inputs.name}" if self.inputs else ""
+        return f"{self.fmt.name}{inputs}, shape={self.shape}"
+
+
+@contextmanager
+def inputs_unrounded(model: nn.Module) -> Iterator[None]:
+    """Run packed weights with their inputs left alone."""
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    for weight in packed:
+        weight.rounds = False
+    try:
+        yield
+    finally:
+        for weight in packed:
+            weight.rounds = True
 
 
 def hold_decoded(model: nn.Module) -> bool:
@@ -173,6 +215,9 @@ class PackedLinear(nn.Module):
         return self.packed.decode(torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed.rounding:
+            y = self.packed.product(x)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.packed.decode(x.dtype), self.bias)
 
 
@@ -204,6 +249,11 @@ class _PackedExperts:
         decoded = [part.decode(dtype) for part in parts]
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
+    def rounded_product(self, expert: int, param: str, x: torch.Tensor) -> torch.Tensor:
+        """What one expert's `param` gives for x (n, in), which its parts round on their own."""
+        parts = [w.product(x) for _, w in self.packed_sites[f"{param}.{expert}"]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -219,7 +269,11 @@ class _PackedExperts:
             top_k_weights,
             dropped=self.packed_dropped,
             added=None if self.packed_added is None else self.add_adapters,
+            product=self.rounded_product if self._rounding() else None,
         )
+
+    def _rounding(self) -> bool:
+        return any(w.rounding for parts in self.packed_sites.values() for _, w in parts)
 
     def add_adapters(
         self, expert: int, param: str, x: torch.Tensor, y: torch.Tensor

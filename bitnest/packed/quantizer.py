@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat
+from bitnest.formats.inputs import parse_inputs
 from bitnest.manifest import SiteRecord
 from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
@@ -68,6 +69,8 @@ class BitnestQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         headers = self.artifact.headers(self.formats)
         for record, weight in self.weights:
+            if record.inputs:
+                weight.inputs, weight.static = parse_inputs(record.inputs), record.input_scale
             device = _device_of(model, record.site.module)
             weight.load(site_tensors(record, headers, weight.fmt), device)
             if record.site.kind == "embedding":

@@ -18,8 +18,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,13 @@ from bitnest.calibrate.stream import Stream
 from bitnest.checkpoint import Checkpoint
 from bitnest.device import choose_device
 from bitnest.errors import ArtifactError, PlanError, RecipeError, StatisticsError
-from bitnest.formats import AnyFormat, DenseFormat, FateFormat, parse_format, widths
+from bitnest.formats import AnyFormat, CodedFormat, DenseFormat, FateFormat, parse_format, widths
+from bitnest.formats.inputs import InputFormat, parse_inputs
 from bitnest.kernels.decode import decode
 from bitnest.kernels.encode import implementation
+from bitnest.kernels.inputs import Magnitudes
 from bitnest.manifest import FORMAT_VERSION, SiteRecord
+from bitnest.packed.rounding import Between, Rounder, each_input, rounding
 from bitnest.planes import plane_width, split_streams
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.advice import Advice, Witness
@@ -67,6 +70,7 @@ class Job:
     compute: type of the block's weights and hidden states while samples pass through it; Hessians
     and the solver are float32 always. expected: what statistics predict, for the manifest. plan:
     that the recipe's rules come from. asked: the resolved recipe, None for that of `recipe` alone.
+    inputs: what inputs are rounded to, of sites that round them.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +85,7 @@ class Job:
     expected: Expected | None = None
     plan: Plan | None = None
     asked: Mapping[str, Any] | None = None
+    inputs: Mapping[str, InputFormat] = field(default_factory=dict)
 
     @property
     def itemsize(self) -> int:
@@ -150,7 +155,10 @@ def prepare(
     formats = recipe.formats(sites, checkpoint.dtype.itemsize)
     chosen = choose_device(device)
     dtype = _compute_type(compute, checkpoint, chosen)
-    return Job(checkpoint, skeleton, sites, formats, recipe, None, chosen, memory, dtype)
+    inputs = recipe.input_formats(sites, formats)
+    return Job(
+        checkpoint, skeleton, sites, formats, recipe, None, chosen, memory, dtype, inputs=inputs
+    )
 
 
 def _compute_type(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -281,18 +289,20 @@ class _Run:
                 continue
             self.skeleton.fill(prefix, dtype=self.job.compute, device=self.job.device)
             release()
-            self._store(layer, list(self._solve(layer, prefix)))
+            solved = list(self._solve(layer, prefix))
+            rounders = self._rounders(layer, solved)
+            self._store(layer, solved, rounders)
             if self.advise is not None and self.witness is not None and layer == self.witness.layer:
                 for advice in self.witness.found():
                     self.advise(advice)
             release()
             if self.stream is not None and self._read_after(layer):
-                self._propagate(layer)
+                self._propagate(layer, rounders)
             self.skeleton.drop(prefix)
             self.progress.step()
         if self.job.ends:
             release()
-            self._store(count, list(self._ends()))
+            self._store(count, list(self._ends()), {})
             self.progress.step()
 
     def _read_after(self, layer: int) -> bool:
@@ -344,13 +354,40 @@ class _Run:
             release()
             yield from self.solver.experts(own, modules[name], routed, chunk, self.job.device)
 
-    def _store(self, layer: int, solved: Sequence[Solved]) -> None:
+    def _rounders(self, layer: int, solved: Sequence[Solved]) -> dict[str, Rounder]:
+        """How inputs of a block's sites are rounded, static scales measured in the block as it is
+        now, with its packed weights."""
+        found: dict[str, Rounder] = {}
+        for item in solved:
+            inputs = self.job.inputs.get(item.site.name)
+            if inputs is not None and isinstance(item.fmt, CodedFormat):
+                found[item.site.name] = Rounder(inputs, item.fmt, basis_tensors(item.tensors))
+        measured = [s for s in found if found[s].inputs.has_static]
+        if not measured:
+            return found
+        if self.stream is None:
+            raise AssertionError("static scales of inputs need a calibration text")
+        seen = {name: Magnitudes() for name in measured}
+
+        def look(site: Site, x: torch.Tensor) -> torch.Tensor:
+            if site.name in seen:
+                seen[site.name].add(found[site.name].stored(x))
+            return x
+
+        self._run_block(layer, look, keep=False)
+        for name, magnitudes in seen.items():
+            scale = magnitudes.scale(found[name].inputs, self.job.recipe.static)
+            found[name] = replace(found[name], static=scale)
+        return found
+
+    def _store(self, layer: int, solved: Sequence[Solved], rounders: Mapping[str, Rounder]) -> None:
         records, entries = [], []
         for item, tensors in _with_dense_experts(solved, self._parameter, self.job):
             parts = [entry(f"{item.site.name}.{key}", value) for key, value in tensors.items()]
             nbytes = sum(part.nbytes for part in parts) or item.fmt.nbytes(item.site.shape)
             _check_size(item, nbytes)
             file = self.writer.packed_name(layer) if parts else ""
+            rounder = rounders.get(item.site.name)
             records.append(
                 SiteRecord(
                     item.site,
@@ -361,6 +398,8 @@ class _Run:
                     file,
                     item.narrower,
                     self.job.slopes(item.site),
+                    "" if rounder is None else rounder.inputs.name,
+                    None if rounder is None else rounder.static,
                 )
             )
             entries.extend(parts)
@@ -377,19 +416,40 @@ class _Run:
         for file in sorted({f for r in records for f in r.files(parse_format(r.format))}):
             infos, width = read_header(self.writer.work / file), plane_width(file)
             headers.update(infos if width is None else split_streams(records, width, infos))
+        rounders: dict[str, Rounder] = {}
         for record in records:
             fmt = parse_format(record.format)
             if not isinstance(fmt, DenseFormat):
-                weight = decode(site_tensors(record, headers), fmt, record.site.shape)
+                tensors = site_tensors(record, headers)
+                weight = decode(tensors, fmt, record.site.shape)
                 record.site.view(self._parameter(record.site)).copy_(weight)
-        self._propagate(layer)
+                if record.inputs:
+                    inputs, own = parse_inputs(record.inputs), basis_tensors(tensors)
+                    rounders[record.site.name] = Rounder(inputs, fmt, own, record.input_scale)
+        self._propagate(layer, rounders)
         self.skeleton.drop(prefix)
 
-    def _propagate(self, layer: int) -> None:
+    def _propagate(self, layer: int, rounders: Mapping[str, Rounder]) -> None:
+        """Send the samples on as the packed block would, inputs rounded."""
+        self._run_block(layer, rounding(rounders) if rounders else None, keep=True)
+
+    def _run_block(self, layer: int, between: Between | None, *, keep: bool) -> None:
+        """Send the samples through a block. between: put before its matrices (`each_input`). keep:
+        what comes out is what the next block reads."""
         assert self.stream is not None
-        modules = self.skeleton.blocks[layer].modules()
-        with reference_experts(m for m in modules if is_experts(m)):
-            self.stream.run(layer, keep=True)
+        block, prefix = self.skeleton.blocks[layer], f"{self.skeleton.prefix}.{layer}"
+        with ExitStack() as stack:
+            stack.enter_context(reference_experts(m for m in block.modules() if is_experts(m)))
+            if between is not None:
+                modules = dict(block.named_modules(prefix=prefix))
+                sites = self.job.block_sites(layer)
+                stack.enter_context(each_input(modules, sites, between))
+            self.stream.run(layer, keep=keep)
+
+
+def basis_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a site's stored tensors those that say its basis."""
+    return {name: tensors[name] for name in ("channels", "order") if name in tensors}
 
 
 def _check_size(item: Solved, nbytes: int) -> None:
@@ -563,7 +623,8 @@ def _deterministic() -> Iterator[None]:
 def wants_calibration(job: Job) -> bool:
     """Whether the run needs text: any method but rtn does, and rtn in formats fitted to inputs."""
     packed = [fmt for fmt in job.formats.values() if not isinstance(fmt, DenseFormat)]
-    return job.recipe.method != "rtn" or any(map(needs_statistics, packed))
+    static = any(inputs.has_static for inputs in job.inputs.values())
+    return job.recipe.method != "rtn" or static or any(map(needs_statistics, packed))
 
 
 def with_expectation(job: Job, expected: Expected | None) -> Job:

@@ -37,6 +37,7 @@ from bitnest.formats import (
     NestedFormat,
     PackedFormat,
     SparseFormat,
+    SplitFormat,
     ZeroFormat,
     core_format,
 )
@@ -86,7 +87,7 @@ def cuttable(fmt: PackedFormat) -> bool:
     """Whether rows can be solved a slice at a time: no stored number is fitted to all of them."""
     if isinstance(fmt, ZeroFormat):
         return True
-    if isinstance(fmt, NestedFormat | BlockSparseFormat):
+    if isinstance(fmt, NestedFormat | BlockSparseFormat | SplitFormat):
         return False
     if isinstance(fmt, BlockFormat):
         return fmt.row_tile is not None and fmt.scale != "e4m3"

@@ -242,6 +242,7 @@ class Reducer:
         return replace(
             job, checkpoint=checkpoint, skeleton=skeleton, sites=sites,
             formats={new: job.formats[old] for new, old in former.items()},
+            inputs={new: job.inputs[old] for new, old in former.items() if old in job.inputs},
             expected=expected, plan=plan,
         )  # fmt: skip
 

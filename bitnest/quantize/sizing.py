@@ -29,6 +29,7 @@ from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
 
 LONGEST_ERROR = 1.23457e-05
+LONGEST_SCALE = 1.2345678901234567e-05
 SHA = "0" * 64
 
 
@@ -147,6 +148,7 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
                     file,
                     narrower,
                     (LONGEST_ERROR,) * len(job.slopes(site)),
+                    *_inputs(job, site),
                 )
             )
         for file, own in tensors.items():
@@ -155,6 +157,14 @@ def _packed(job: Job, tokens: int | None) -> tuple[int, int, dict[str, Any], lis
             total, headers = total + data, headers + size - data
             files[file] = {"bytes": size, "sha256": SHA}
     return total, headers, files, records
+
+
+def _inputs(job: Job, site: Site) -> tuple[str, float | None]:
+    """What a record will say of a site's inputs."""
+    inputs = job.inputs.get(site.name)
+    if inputs is None:
+        return "", None
+    return inputs.name, LONGEST_SCALE if inputs.has_static else None
 
 
 def joined_streams(

@@ -24,9 +24,11 @@ from bitnest.formats import (
     NestedFormat,
     PackedFormat,
     SparseFormat,
+    SplitFormat,
     TransformedFormat,
     ZeroFormat,
 )
+from bitnest.formats.split import WIDE
 from bitnest.formats.wrappers import CoreFormat
 from bitnest.kernels import encode
 from bitnest.kernels.decode import SIGNS_SEED, decode, low_rank, undo_transform
@@ -46,6 +48,7 @@ from bitnest.quantize.nested.solution import Nested, solve_nested
 from bitnest.quantize.transforms.channel_scales import search
 from bitnest.quantize.transforms.permutation import by_energy
 
+TINY = 1e-30
 AWQ_ROWS = 256  # evenly spread, that stand for a matrix while its exponent is searched
 
 
@@ -113,6 +116,21 @@ class Dropped:
 
 
 @dataclass
+class Split:
+    """The first columns by one solution, the others by another."""
+
+    wide: Solution
+    base: Solution
+    weight: torch.Tensor
+    error: torch.Tensor
+
+    def store(self, b: int, rows: slice) -> dict[str, torch.Tensor]:
+        """Stored tensors of some rows of matrix b."""
+        first = {WIDE + name: t for name, t in self.wide.store(b, rows).items()}
+        return {**first, **self.base.store(b, rows)}
+
+
+@dataclass
 class Wrapped:
     """A solution with what its wrapper adds: tensors of matrix b, the same for all its rows."""
 
@@ -147,6 +165,8 @@ def solve(
             weight, hessian, fmt, half=options.half, damp=options.damp, clip=options.clip,
             compensate=options.method != "rtn", prune=options.prune,
         )  # fmt: skip
+    if isinstance(fmt, SplitFormat):
+        return _solve_split(weight, hessian, fmt, options)
     if isinstance(fmt, LowRankFormat):
         return _solve_low_rank(weight, hessian, fmt, options)
     kinds = {"awq": _awq, "perm": _permuted, "had": _hadamard, "rhad": _hadamard}
@@ -188,6 +208,34 @@ def _solve_block(
     if hessian is not None:
         result.error = weighted_error(weight - result.weight, hessian)
     return result
+
+
+def _solve_split(
+    weight: torch.Tensor, hessian: torch.Tensor | None, fmt: SplitFormat, options: Options
+) -> Solution:
+    """One sweep over the columns in two formats, cut where it passes from one to the other.
+
+    The first columns a are solved knowing that the others b will make up for them, which leaves of
+    their Hessian S = H_aa - H_ab H_bb^-1 H_ba; the others against H_bb, moved to where they do:
+    W_b + (W_a - A) H_ab H_bb^-1. Damped as GPTQ damps.
+    """
+    n = fmt.wide_of(weight.shape[2])
+    if n == 0:
+        return solve(weight, hessian, fmt.base, options)
+    first, rest = weight[:, :, :n], weight[:, :, n:]
+    if hessian is None or options.method == "rtn":
+        wide, base = solve(first, None, fmt.wide, options), solve(rest, None, fmt.base, options)
+    else:
+        a, cross, b = hessian[:, :n, :n], hessian[:, :n, n:], hessian[:, n:, n:]
+        mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        eye = torch.eye(b.shape[1], device=b.device)
+        damped = b + eye * (options.damp * mean).clamp_min(TINY)
+        move = torch.linalg.solve(damped, cross.mT).mT  # H_ab H_bb^-1
+        left = a - move @ cross.mT
+        wide = solve(first, (left + left.mT) / 2, fmt.wide, options)
+        base = solve(rest + (first - wide.weight) @ move, b, fmt.base, options)
+    decoded = torch.cat([wide.weight, base.weight], dim=2)
+    return Split(wide, base, decoded, weighted_error(weight - decoded, hessian))
 
 
 def _nearest(weight: torch.Tensor, fmt: BlockFormat, options: Options) -> Nearest | None:
