@@ -8,6 +8,7 @@ from typing import Any
 
 from bitnest.artifact import Artifact
 from bitnest.formats import code_bits, parse_format, widths
+from bitnest.formats.inputs import joined_name
 from bitnest.formats.names import brief_name
 from bitnest.kinds import ENDS
 from bitnest.manifest import SiteRecord
@@ -78,6 +79,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         if record.format == "dense" and record.site.kind in ENDS:
             continue  # part of "everything else", as they were before anybody packed them
         name = brief_name(record.format) if len(nested) > 1 else record.format
+        name = joined_name(name, record.inputs)
         sums.setdefault((record.site.kind, name), []).append(record)
     groups = tuple(_group(*key, records) for key, records in sorted(sums.items()))
     files = {k: v for k, v in artifact.manifest["files"].items() if k.endswith(".safetensors")}

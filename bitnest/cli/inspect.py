@@ -61,6 +61,12 @@ def _reduced(said: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _format(site: dict[str, Any]) -> str:
+    """Of weights, and of inputs if they are rounded."""
+    inputs = f"/{site['inputs']}" if site.get("inputs") else ""
+    return site.get("format", "") + inputs
+
+
 def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"{found['kind']}: {found['path']}")
     typer.echo(f"architecture: {found['architecture']}")
@@ -74,7 +80,7 @@ def _print(found: dict[str, Any], every: bool) -> None:
         _print_statistics(found)
     counts: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for site in found["sites"]:
-        counts[(site["kind"], site.get("format", ""), tuple(site["shape"]))] += 1
+        counts[(site["kind"], _format(site), tuple(site["shape"]))] += 1
     for (kind, fmt, shape), count in sorted(counts.items()):
         typer.echo(f"  {count:6,} x {kind:14} {shape[0]}x{shape[1]}  {fmt}")
     if "other_tensors" in found:
@@ -86,5 +92,5 @@ def _print(found: dict[str, Any], every: bool) -> None:
     if every:
         for site in found["sites"]:
             typer.echo(
-                f"{site['name']}  {site['shape'][0]}x{site['shape'][1]}  {site.get('format', '')}"
+                f"{site['name']}  {site['shape'][0]}x{site['shape'][1]}  {_format(site)}"
             )

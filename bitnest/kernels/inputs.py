@@ -171,5 +171,5 @@ class Magnitudes:
 
 
 def _single(value: float) -> float:
-    """The float32 nearest to it."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    """The float32 nearest to it, in the nine digits that say which."""
+    return float(f"{float(torch.tensor(value, dtype=torch.float32)):.9g}")

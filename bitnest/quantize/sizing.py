@@ -29,7 +29,7 @@ from bitnest.safetensors_io import DTYPES, Entry, header_text
 from bitnest.sites import Site
 
 LONGEST_ERROR = 1.23457e-05
-LONGEST_SCALE = 1.2345678901234567e-05
+LONGEST_SCALE = 1.23456789e-05
 SHA = "0" * 64
 
 

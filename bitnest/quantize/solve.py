@@ -11,7 +11,7 @@ A solution's error is tr(dW H dW^T), which no transform changes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -298,10 +298,12 @@ def _awq(
 ) -> Transformed:
     assert hessian is not None
     scales = []
+    nearest = replace(options, method="rtn")
+    ordered = needs_statistics(fmt.base)
     for w, h in zip(weight, hessian, strict=True):
 
-        def rounded(x: torch.Tensor) -> torch.Tensor:
-            return solve(x[None], None, fmt.base, options).weight[0]
+        def rounded(x: torch.Tensor, h: torch.Tensor = h) -> torch.Tensor:
+            return solve(x[None], h[None] if ordered else None, fmt.base, nearest).weight[0]
 
         step = -(-len(w) // AWQ_ROWS)
         scales.append(search(w[::step], h, rounded).scale.to(options.half))
