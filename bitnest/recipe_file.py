@@ -40,6 +40,7 @@ from bitnest.targets import TARGETS
 from bitnest.yaml_lines import broken, items, pair, plain, top_level
 
 Parse = Callable[[Any], Any]
+OWN = Path(__file__).parent / "recipes"
 
 
 def _number(value: Any) -> float:
@@ -184,18 +185,27 @@ FIXED = {"format", "group", "plan"}  # nothing is planned beside one of these
 PLANNING = {"target", "policy", "candidates", "ends", "exact", "nested", "base_size"}
 
 
-def read_recipe(path: Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Keyword arguments of `api.compress` that a recipe gives. skip: those given otherwise, which
-    take others with them, see `left_behind`.
+def own_recipes() -> dict[str, Path]:
+    """Recipes that come with bitnest, by name."""
+    return {file.stem: file for file in sorted(OWN.glob("*.yaml"))}
+
+
+def read_recipe(path: str | Path, *, skip: Collection[str] = ()) -> dict[str, Any]:
+    """Keyword arguments of `api.compress` that a recipe gives. path: a file, or the name of one of
+    `own_recipes`. skip: those given otherwise, which take others with them, see `left_behind`.
 
     Raises:
         PlanError: unreadable or broken, with the line.
     """
+    path, own = Path(path), own_recipes()
+    if not path.exists() and str(path) in own:
+        path = own[str(path)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the recipe: {error}", where=str(path),
-                        hint="recipes/ in the repository has some") from error  # fmt: skip
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise PlanError(f"cannot read the recipe: {said}", where=str(path),
+                        hint=f"a YAML file, or one of {', '.join(own)}") from error  # fmt: skip
     found = parse_recipe(text, str(path))
     gone = set(skip) | left_behind(skip)
     return {key: value for key, value in found.items() if key not in gone}

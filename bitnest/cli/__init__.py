@@ -24,6 +24,7 @@ from bitnest.cli import (
     plan,
     prune,
     pull,
+    recipes,
     serve,
     slice,
     statistics,
@@ -53,6 +54,7 @@ app.command("slice")(slice.command)
 app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
+app.command("recipes")(recipes.command)
 app.command("compare-formats")(compare_formats.command)
 app.command("report")(statistics.report)
 app.command("merge-statistics")(statistics.merge)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,12 @@ import typer
 
 from bitnest.cli import dials
 from bitnest.cli.options import Device, Json, Lora, Quiet, Remote, parse_size
+
+# options that name the artifact, where none is named
+NAMING = {
+    "bits", "size", "max_kl", "min_agreement", "format", "group", "sparsity", "inputs", "nested",
+    "plan",
+}  # fmt: skip
 
 
 def command(
@@ -48,8 +54,11 @@ def command(
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
-    recipe: Path = typer.Option(
-        None, "--recipe", help="YAML with any of these options; the command line overrides it."
+    recipe: str = typer.Option(
+        None,
+        "--recipe",
+        help="YAML with any of these options, which the command line overrides; or w8a8-int8, "
+        "w8a8-fp8, w6a6, w4a8-dgq, w4a4-atom, mxfp4, three-bits ...: bitnest recipes lists them.",
     ),
     target: str = dials.TargetName,
     policy: str = dials.PolicyName,
@@ -131,6 +140,7 @@ def command(
         "min_tokens": min_tokens, "clip": clip, "width_weights": width_weight, "seed": seed,
         "memory": parse_size(memory), "compute": compute, "statistics": statistics,
     }  # fmt: skip
+    given: set[str] = set()
     if recipe is not None:
         from bitnest.recipe_file import read_recipe
 
@@ -157,7 +167,7 @@ def command(
     def advise(advice: Any) -> None:
         bars.remark(f"note: {advice.text}")
 
-    out_dir = out or Path(default_name(model, values))
+    out_dir = out or Path(default_name(model, values, recipe, given))
     plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
     known = values["statistics"] or (not uniform and dials.found(model, values["lora"]))
@@ -212,8 +222,11 @@ def given_options(call: typer.Context, spelt: dict[str, tuple[str, ...]]) -> set
     return asked | {value for value, names in spelt.items() if asked & set(names)}
 
 
-def default_name(model: str, values: Mapping[str, Any]) -> str:
-    """Artifact directory for `model` when none is named: <model>-<what was asked> here."""
+def default_name(
+    model: str, values: Mapping[str, Any], recipe: str | None = None, given: Collection[str] = ()
+) -> str:
+    """Artifact directory for `model` when none is named: <model>-<what was asked> here. given:
+    options beside the recipe."""
     from bitnest.lora import name_with
     from bitnest.recipe import DEFAULT_BITS, default_format
 
@@ -222,6 +235,10 @@ def default_name(model: str, values: Mapping[str, Any]) -> str:
         fmt, _, spelt = fmt.partition("/")
         values = {**values, "format": fmt, "inputs": spelt}
     inputs = f"-inputs-{values['inputs']}" if values.get("inputs") else ""
+    if recipe is not None:
+        name += f"-{Path(recipe).stem}"
+        if not NAMING & set(given):
+            return name
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}{inputs}"
     if values["nested"]:

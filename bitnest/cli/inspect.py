@@ -91,6 +91,4 @@ def _print(found: dict[str, Any], every: bool) -> None:
             )
     if every:
         for site in found["sites"]:
-            typer.echo(
-                f"{site['name']}  {site['shape'][0]}x{site['shape'][1]}  {_format(site)}"
-            )
+            typer.echo(f"{site['name']}  {site['shape'][0]}x{site['shape'][1]}  {_format(site)}")
