@@ -3,7 +3,7 @@
     python -m benchmarks.recipe_table MODEL --data LABEL=FILE ... --eval LABEL=FILE ... [--work DIR]
 
 Perplexity and mean KL per text, bytes and mean width of inputs of every recipe that rounds inputs,
-beside integer weights alone. `+ppl` is the mean over texts of the rise in perplexity over the model.
+beside integer weights alone. `+ppl` is the mean rise in perplexity over the model.
 Artifacts in --work are made once. The last line of stdout is one JSON object.
 """
 
