@@ -15,6 +15,7 @@ from typing import Any
 
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, integer, parse_format
+from bitnest.formats.kv import parse_kv
 from bitnest.formats.names import sparse_name
 from bitnest.patterns import Names
 from bitnest.sites import UNNAMED_DENSE, Site
@@ -61,7 +62,8 @@ class Recipe:
     an expert's H leans on its layer's inputs; None: as many as the expert has input channels.
     clip: search the clipping ratio of every scale. seed: of the choice of calibration windows.
     width_weights: (width, how much its error counts) in nested codes of kind nest and mat, 1 for
-    others. prune: how sparse formats choose what stays (`prune/solution.py`).
+    others. prune: how sparse formats choose what stays (`prune/solution.py`). kv: format of the KV
+    cache that the artifact asks for (`formats/kv.py`), empty for 16 bits.
     """
 
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
@@ -74,6 +76,7 @@ class Recipe:
     seed: int = 0
     width_weights: tuple[tuple[int, float], ...] = ()
     prune: str = PRUNERS[0]
+    kv: str = ""
 
     def __post_init__(self) -> None:
         parse_format(self.format)
@@ -90,6 +93,8 @@ class Recipe:
             raise RecipeError(
                 f"unknown method of pruning '{self.prune}'", hint="one of " + ", ".join(PRUNERS)
             )
+        if self.kv:
+            parse_kv(self.kv)
         if self.min_tokens is not None and self.min_tokens < 1:
             raise RecipeError(
                 f"an expert needs at least one token, not {self.min_tokens}",
@@ -152,6 +157,8 @@ class Recipe:
             del values["width_weights"]
         if self.prune == PRUNERS[0]:  # so that runs from before there was a choice resume
             del values["prune"]
+        if not self.kv:
+            del values["kv"]
         return values
 
 
@@ -200,6 +207,7 @@ def resolved(
     return {
         **({"lora": list(lora)} if lora else {}),
         **({"format": recipe.format} if dial is None else dial),
+        **({"kv": recipe.kv} if recipe.kv else {}),
         **(planning or {}),
         "rules": [{rule.pattern: rule.format} for rule in recipe.rules],
         "fit": fit,

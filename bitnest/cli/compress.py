@@ -36,6 +36,11 @@ def command(
         help="With --format or --group, else of 16-bit weights: 50%, 2:4, 4:8, or b16x16-50.",
     ),
     prune: str = dials.Prune,
+    kv: str = typer.Option(
+        None,
+        "--kv",
+        help="KV cache that eval and serve use for the artifact: fp8, int8, int4-g64-w128, none.",
+    ),
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
@@ -111,7 +116,7 @@ def command(
     values: dict[str, Any] = {
         "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
-        "group": group, "sparsity": sparsity, "prune": prune, "nested": nested,
+        "group": group, "sparsity": sparsity, "prune": prune, "kv": kv, "nested": nested,
         "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
         "candidates": candidate,

@@ -1,9 +1,9 @@
 """KVFormat: how keys and values of past tokens are kept while a model generates.
 
-    fp8 (fp8_e4m3), fp8_e5m2        8-bit floats, one scale per tensor: of a layer's keys, its values
-    int8, int4                      integers with a scale and a lowest value
-      -gN                           tokens that share the scales of a key channel (default: 64)
-    -wN                             latest tokens kept in 16 bits (default: 128 of integers, 0 of fp8)
+    fp8 (fp8_e4m3), fp8_e5m2    8-bit floats, one scale per tensor: of a layer's keys, its values
+    int8, int4                  integers with a scale and a lowest value
+      -gN                       tokens that share the scales of a key channel (default: 64)
+    -wN                         latest tokens kept in 16 bits (default: 128 of integers, 0 of fp8)
 
 Integers are asymmetric, x ~ low + scale q with q from 0 to 2^b - 1, scale and low in float16:
 

@@ -10,11 +10,11 @@ model's type, for as long as the layer computes: what stays in memory is codes.
 
 Integers take keys before rotary embedding. The cache is given them after it, so it turns them back
 by the layer's own rotation (`packed/rotary.py`) at positions that it counts itself, and turns them
-forth again when they are read. Counting takes the first token for position 0. Rows with left padding
-start elsewhere, by an offset p that is the same for all their tokens: what is quantised is then
-R(p) k instead of k, each pair of channels turned by one angle for all tokens. Channels are still
-constant over tokens where they were, and turning forth undoes exactly what turning back did. 8-bit
-floats are kept as they come, as engines do.
+forth again when they are read. Counting takes the first token for position 0. Rows with left
+padding start elsewhere, by an offset p that is the same for all their tokens: what is quantised is
+then R(-p) k instead of k, each pair of channels turned by one angle for all tokens. Channels are
+still constant over tokens where they were, and turning forth undoes exactly what turning back did.
+8-bit floats are kept as they come, as engines do.
 
 What a pass sees of its own tokens: as they came, however many there are, as attention over a prompt
 runs before anything is stored. With `strict`, as they will be stored: every query of the pass then
@@ -53,8 +53,8 @@ WINDOWED = ("sliding_attention", "chunked_attention")
 class KVLayer(CacheLayerMixin):
     """One layer's cache.
 
-    sliding: tokens that the layer attends to, itself included; None: all. rotation: of its keys, None
-    to take them as they come. scales: of keys and values in 8-bit floats. strict: see above.
+    sliding: tokens that the layer attends to, itself included; None: all. rotation: of its keys,
+    None to take them as they come. scales: of keys and values in 8-bit floats. strict: see above.
     """
 
     is_compileable = False

@@ -4,12 +4,13 @@ A rotary embedding turns pairs of a key's channels by angles p w_i at position p
 
     (a_i, b_i) -> (a_i cos - b_i sin, b_i cos + a_i sin)
 
-with the pairs (i, i + r/2) of the first r channels, or (2i, 2i + 1). The frequencies w are those the
-model holds (buffers called `inv_freq`); which of them, and which pairs, no field says for all
-families. So nothing is assumed: a few tokens run at positions 0, 1, ... and again at positions
+with the pairs (i, i + r/2) of the first r channels, or (2i, 2i + 1). The frequencies w are those
+that the model holds (buffers called `inv_freq`); which of them, and which pairs, no field says for
+all families. So nothing is assumed: a few tokens run at positions 0, 1, ... and again at positions
 moved by SHIFT. Attention with rotary embeddings sees only distances, so in every layer keys must be
-the former ones turned by SHIFT w. A candidate that predicts them is the layer's rotation; where none
-does (no rotary embedding, learnt positions, tables that are not kept), there is none to undo.
+the former ones turned by SHIFT w. A candidate that predicts them is the layer's rotation; where
+none does (no rotary embedding, learnt positions, tables that are not kept), there is none to undo.
+[ours]
 
 Rotations are orthogonal: turning back and forth by the same table loses nothing but rounding, even
 where the positions are not those that the model used. Then keys are quantised in a basis turned by
