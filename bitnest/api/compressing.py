@@ -123,11 +123,11 @@ def compress(
     width_weights: `3=4`, see there too; so is prune. kv: format of the KV cache, or `none`: the
     artifact asks eval and serve for it, and a context is counted in it. memory: bytes the process
     may use. compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics:
-    directory that `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
-    without one looks there for those it was made of. fresh: forget an unfinished run instead of
-    resuming it. announce: called with the plan, where one was made, and what it will take, before
-    it is carried out. advise: called early on if integers of no more bytes turn out to lose less
-    than a sparse format that was asked for; it is in the result, too.
+    directory that `analyze` wrote of this model; a budget without one measures `<model>-statistics`
+    first, a plan without one looks there for those it was made of. fresh: forget an unfinished run
+    instead of resuming it. announce: called with the plan, where one was made, and what it will
+    take, before it is carried out. advise: called early on if integers of no more bytes turn out to
+    lose less than a sparse format that was asked for; it is in the result, too.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.

@@ -87,9 +87,9 @@ def evaluate(
     a nested artifact's weights may take, a row for each. kv: formats of the KV cache that the text
     goes through (`formats.kv`), or `none`, a row for each; without any, what each artifact asks
     for; the base has none, and one model alone is then its own. window, windows: tokens in a
-    window, windows per text. batch_size: windows per forward pass (packed models decode their weights once
-    per pass). dtype: compute type. device: None means CUDA where there is one, as when compressing.
-    The base is the first row.
+    window, windows per text. batch_size: windows per forward pass (packed models decode their
+    weights once per pass). dtype: compute type. device: None means CUDA where there is one, as when
+    compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's

@@ -9,6 +9,7 @@ largest there is, and what is larger later is clipped. This is what engines load
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,9 +43,15 @@ class Extremes(DynamicCache):
 
 @torch.no_grad()
 def calibrate_scales(
-    model: Any, tokens: torch.Tensor, fmt: KVFormat, *, batch_size: int = 8
+    model: Any,
+    tokens: torch.Tensor,
+    fmt: KVFormat,
+    *,
+    batch_size: int = 8,
+    step: Callable[[int], None] | None = None,
 ) -> Scales:
-    """Scales by layer. tokens: (N, T) of a calibration text. fmt: of 8-bit floats.
+    """Scales by layer. tokens: (N, T) of a calibration text. fmt: of 8-bit floats. step: called
+    with the number of windows that were read.
 
     Raises:
         UnsupportedModel: a family whose cache cannot be quantised.
@@ -59,6 +66,8 @@ def calibrate_scales(
         for layer, (keys, values) in cache.largest.items():
             before = found.get(layer, (0.0, 0.0))
             found[layer] = (max(before[0], keys), max(before[1], values))
+        if step is not None:
+            step(len(part))
     most = torch.finfo(FP8[fmt.element]).max
     for layer, extremes in found.items():
         if not all(0 < value < float("inf") for value in extremes):
