@@ -29,8 +29,8 @@ def command(
     data: list[str] = typer.Option(
         [],
         "--data",
-        help="With --bits or an fp8 cache: calibration text, label=source or just the source: a file, "
-        "a directory or hub:name (default: embedded text).",
+        help="With --bits or an fp8 cache: calibration text, label=source or just the source: a "
+        "file, a directory or hub:name (default: embedded text).",
     ),
     samples: int = typer.Option(64, "--samples", min=1, help="Calibration windows."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),

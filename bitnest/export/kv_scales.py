@@ -29,7 +29,7 @@ SCHEME: dict[str, Any] = {
 
 
 def engine_reads(kv: KVFormat, config: Mapping[str, Any], engine: str | None) -> str | None:
-    """Why `engine` (None: any) has no such cache, None if it has. config: the model's config.json."""
+    """Why `engine` (None: any) has no such cache, None if it has. config: of config.json."""
     if kv.name != ENGINE_KV:
         return f"engines have no KV cache {kv.name}, only {ENGINE_KV}"
     if engine == "transformers":

@@ -21,7 +21,8 @@ runs before anything is stored. With `strict`, as they will be stored: every que
 sees tokens beyond the window quantised, which is what an evaluation by long passes must measure.
 Passes of one token see the same either way, but for a window of 0.
 
-Beams are reordered on the codes. `crop` takes back what is still in the window, or whole groups.
+Beams are reordered on the codes. `crop` takes back what is still in the window, or whole groups;
+what was quantised stays so, and the window is shorter until as many tokens came again.
 Refused: families whose layers keep other things than keys and values (state spaces, latents,
 indexers), and encoder-decoder models.
 """
