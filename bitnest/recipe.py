@@ -16,6 +16,7 @@ from typing import Any
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, CodedFormat, DenseFormat, integer, parse_format
 from bitnest.formats.inputs import DENSE, InputFormat, parse_inputs, split_name, weights_of
+from bitnest.formats.kv import parse_kv
 from bitnest.formats.names import sparse_name
 from bitnest.patterns import Names
 from bitnest.sites import UNNAMED_DENSE, Site
@@ -75,7 +76,8 @@ class Recipe:
     width_weights: (width, how much its error counts) in nested codes of kind nest and mat, 1 for
     others. prune: how sparse formats choose what stays (`prune/solution.py`). inputs: what inputs
     of packed matrices in the blocks are rounded to unless a rule says (`formats/inputs`), empty for
-    nothing. static: how static scales of inputs are chosen (`kernels/inputs`).
+    nothing. static: how static scales of inputs are chosen (`kernels/inputs`). kv: format of the KV
+    cache that the artifact asks for (`formats/kv.py`), empty for 16 bits.
     """
 
     format: str = f"int{DEFAULT_BITS}-g{DEFAULT_GROUP}"
@@ -90,6 +92,7 @@ class Recipe:
     prune: str = PRUNERS[0]
     inputs: str = ""
     static: str = STATIC[0]
+    kv: str = ""
 
     def __post_init__(self) -> None:
         parse_format(self.format)
@@ -113,6 +116,8 @@ class Recipe:
             raise RecipeError(
                 f"unknown method of pruning '{self.prune}'", hint="one of " + ", ".join(PRUNERS)
             )
+        if self.kv:
+            parse_kv(self.kv)
         if self.min_tokens is not None and self.min_tokens < 1:
             raise RecipeError(
                 f"an expert needs at least one token, not {self.min_tokens}",
@@ -203,7 +208,7 @@ class Recipe:
             del values["width_weights"]
         if self.prune == PRUNERS[0]:  # so that runs from before there was a choice resume
             del values["prune"]
-        for key, usual in (("inputs", ""), ("static", STATIC[0])):
+        for key, usual in (("inputs", ""), ("static", STATIC[0]), ("kv", "")):
             if values[key] == usual:
                 del values[key]
         return values
@@ -273,6 +278,7 @@ def resolved(
         **({"lora": list(lora)} if lora else {}),
         **({"format": recipe.format} if dial is None else dial),
         **({"inputs": recipe.inputs} if recipe.inputs else {}),
+        **({"kv": recipe.kv} if recipe.kv else {}),
         **(planning or {}),
         "rules": [{rule.pattern: rule.format} for rule in recipe.rules],
         "fit": fit,

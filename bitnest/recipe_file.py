@@ -8,6 +8,7 @@
     nested: 2-8                    widths to read weights at; base_size: 6GiB at their narrowest
     format: int4-g128              one format instead of a budget
     inputs: int8-token             what inputs are rounded to as the model runs
+    kv: int4-g64-w128              the KV cache that the artifact asks for
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}
@@ -33,6 +34,7 @@ import yaml
 
 from bitnest.errors import BitnestError, PlanError
 from bitnest.formats import parse_format
+from bitnest.formats.kv import read_kv
 from bitnest.patterns import matcher
 from bitnest.plan import POLICIES
 from bitnest.recipe import Recipe, Rule, parse_width_weight
@@ -107,6 +109,11 @@ def _format(value: Any) -> str:
     return str(value)
 
 
+def _cache(value: Any) -> str:
+    read_kv(_word(value))
+    return str(value)
+
+
 def _widths(value: Any) -> str:
     from bitnest.formats.names import parse_widths
 
@@ -176,6 +183,7 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "format": ("format", _format), "check": ("check", _word),
     "inputs": ("inputs", _fits("inputs", _word)),
     "lora": ("lora", _word), "nested": ("nested", _widths), "base_size": ("base_size", _size),
+    "kv": ("kv", _cache),
 }  # fmt: skip
 LISTS = {"candidates", "lora", "check", "data.texts", "fit.width_weights"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")

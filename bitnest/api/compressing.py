@@ -31,6 +31,7 @@ from bitnest.artifact import is_artifact
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.formats import widths
 from bitnest.formats.inputs import parse_inputs, split_name, weights_of
+from bitnest.formats.kv import read_kv
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
@@ -97,6 +98,7 @@ def compress(
     prune: str = PRUNERS[0],
     inputs: str | None = None,
     static: str = STATIC[0],
+    kv: str | None = None,
     seed: int = 0,
     memory: int | None = None,
     device: str | None = None,
@@ -123,13 +125,15 @@ def compress(
     the embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
     calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
     width_weights: `3=4`, see there too; so are prune and static. inputs: what the inputs of packed
-    matrices are rounded to as the model runs (`formats/inputs`). memory: bytes the process may use.
-    compute: type samples are calibrated in, see `quantize.compress.prepare`. statistics: what
-    `analyze` wrote of this model; a budget without one measures `<model>-statistics` first, a plan
-    without one looks there for those it was made of. fresh: forget an unfinished run instead of
-    resuming it. announce: called with the plan, where one was made, and what it will take, before
-    it is carried out. advise: called early on if integers of no more bytes turn out to lose less
-    than a sparse format that was asked for; it is in the result, too.
+    matrices are rounded to as the model runs (`formats/inputs`). kv: format of the KV cache, or
+    `none`: the artifact asks eval and serve for it, and a context is counted in it. memory: bytes
+    the process may use. compute: type samples are calibrated in, see `quantize.compress.prepare`.
+    statistics: what `analyze` wrote of this model; a budget without one measures
+    `<model>-statistics` first, a plan without one looks there for those it was made of. fresh:
+    forget an unfinished run instead of resuming it. announce: called with the plan, where one was
+    made, and what it will take, before it is carried out. advise: called early on if integers of
+    no more bytes turn out to lose less than a sparse format that was asked for; it is in the
+    result, too.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -168,6 +172,7 @@ def compress(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
         width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
         inputs=parse_inputs(inputs).name if inputs else "", static=static,
+        kv="" if (cache := read_kv(kv)) is None else cache.name,
     )  # fmt: skip
     maker = Maker(
         model, Path(out).absolute(), data, samples, length, fresh, trust_remote_code, progress,
@@ -185,6 +190,10 @@ def compress(
         open_checkpoint(model, lora, trust_remote_code=trust_remote_code), recipe,
         trust_remote_code=trust_remote_code, device=device, memory=memory, compute=compute,
     )  # fmt: skip
+    if cache is not None:
+        from bitnest.packed.kv_cache import check_family
+
+        check_family(job.skeleton.model.config)
     measuring: dict[str, Any] = {
         "lora": lora, "data": data, "samples": samples, "length": length, "method": method,
         "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,

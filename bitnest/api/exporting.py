@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from bitnest.api.compressing import Maker
 from bitnest.api.result import Group, summarise
+from bitnest.api.texts import calibration_set, sources
 from bitnest.artifact import Artifact, is_artifact
-from bitnest.errors import ArtifactError, RecipeError, TargetError
+from bitnest.errors import ArtifactError, DataError, RecipeError, TargetError
 from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, parse_format, widths
+from bitnest.formats.kv import KVFormat, read_kv
 from bitnest.kinds import ENDS
 from bitnest.manifest import SiteRecord
 from bitnest.packed.decoded import DecodedCheckpoint
@@ -34,6 +36,7 @@ from bitnest.workdir import INPUTS, in_the_way, is_empty, partial_directory, sto
 
 if TYPE_CHECKING:
     from bitnest.export.compressed_tensors import ExportResult
+    from bitnest.packed.kv_cache import Scales
     from bitnest.progress import Progress
     from bitnest.quantize.compress import Job
 
@@ -53,6 +56,7 @@ def export(
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
+    kv: str | None = None,
     memory: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -63,23 +67,48 @@ def export(
     engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run. bits: of a
     nested artifact, the width it is quantised anew at, from the widest it has. group: input
     channels per scale then, or `channel`; None means 128. Sites that are not nested keep a format
-    that exports, dense ones stay dense. The rest as in `compress`, and only with bits.
+    that exports, dense ones stay dense. kv: the engine's KV cache, `fp8` or `none`; None means what
+    the artifact asks for, where engines have it. Its scales are calibrated on data, without any on
+    the artifact's own calibration texts. The rest as in `compress`, and only with bits or kv.
 
     Raises:
         BitnestError: not an artifact, bits where nothing is nested or none where something is, or
             the engine cannot run it.
+        TargetError: the engine has no such KV cache.
+        DataError: a text that scales were to be calibrated on is gone.
     """
     from bitnest.export.compressed_tensors import export_compressed_tensors
 
     source, out = Path(artifact), Path(out).absolute()
-    if bits is None:
+    cache, notes = _cache(source, kv, engine)
+    if cache is not None and not is_empty(out):
+        raise in_the_way(out)
+
+    def scales() -> Scales | None:
+        if cache is None:
+            return None
+        return _kv_scales(
+            source, cache, data, samples, length, seed, device, trust_remote_code, progress
+        )
+
+    if bits is None and cache is not None:
+        if group is not None or method != "gptq":
+            raise RecipeError(
+                f"{'--method' if group is None else '--group'} says nothing without --bits",
+                hint="weights are exported as they are",
+            )
+    elif bits is None:
         said = {"--group": group is not None, "--method": method != "gptq", "--data": bool(data)}
         if named := [name for name, given in said.items() if given]:
             raise RecipeError(
                 f"{named[0]} says nothing without --bits",
                 hint="an artifact that is not nested is exported as it is",
             )
-        return export_compressed_tensors(source, out, engine=engine, verify=verify)
+    if bits is None:
+        done = export_compressed_tensors(
+            source, out, engine=engine, verify=verify, kv_scales=scales()
+        )
+        return replace(done, notes=(*done.notes, *notes))
     name = _format_name(bits, group)
     checkpoint = DecodedCheckpoint.of(_nested(source))
     if not is_empty(out):
@@ -90,8 +119,61 @@ def export(
     maker = Maker(source, out, data, samples, length, False, trust_remote_code, progress)
     job = maker.calibrated(job, None)
     _check_room(job, out, samples, length)
+    found = scales()
     with _workshop(out) as place:
-        return _requantise(job, place, out, engine, verify, progress)
+        done = _requantise(job, place, out, engine, verify, progress, found)
+        return replace(done, notes=(*done.notes, *notes))
+
+
+def _cache(source: Path, kv: str | None, engine: str | None) -> tuple[KVFormat | None, list[str]]:
+    """The KV cache to export, and what a person should know of one that is not.
+
+    Raises:
+        ArtifactError: not an artifact. TargetError: one was named that the engine does not have.
+    """
+    from bitnest.export.kv_scales import engine_reads
+
+    opened = Artifact.open(source)
+    fmt = read_kv(opened.manifest.get("kv") if kv is None else kv)
+    if fmt is None:
+        return None, []
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    why = engine_reads(fmt, config, engine)
+    if why is None:
+        return fmt, []
+    if kv is not None:
+        raise TargetError(why, where="--kv", hint="--kv fp8 or none; bitnest serve has the others")
+    return None, [f"the artifact asks for KV cache {fmt.name}: {why}; it stays in 16 bits there"]
+
+
+def _kv_scales(
+    source: Path, kv: KVFormat, data: Sequence[str], samples: int, length: int, seed: int,
+    device: str | None, trust_remote_code: bool, progress: Progress | None,
+) -> Scales:  # fmt: skip
+    """Scales of keys and values of the artifact itself, which runs over its calibration texts.
+
+    Raises:
+        DataError: one is gone.
+    """
+    from bitnest.device import choose_device
+    from bitnest.packed.kv_scales import calibrate_scales
+    from bitnest.packed.loading import load_model, load_tokenizer
+
+    recorded = Artifact.open(source).manifest.get("resolved", {}).get("data", {}).get("texts", [])
+    model = load_model(source, device=choose_device(device), trust_remote_code=trust_remote_code)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    chosen = sources(list(data) or recorded)
+    try:
+        found = calibration_set(tokenizer, chosen, samples, min(length, limit), seed)
+    except DataError as error:
+        if not data:
+            error.hint = "KV scales are calibrated on the artifact's texts; name others by --data"
+        raise
+    if progress is not None:
+        progress.phase("calibrate KV scales", len(found.tokens))
+    step = None if progress is None else progress.step
+    return calibrate_scales(model, found.tokens, kv, step=step)
 
 
 def _format_name(bits: int, group: int | str | None) -> str:
@@ -211,8 +293,9 @@ def _check_room(job: Job, out: Path, samples: int, length: int) -> None:
 
 
 def _requantise(
-    job: Job, place: Path, out: Path, engine: str | None, verify: bool, progress: Progress | None
-) -> ExportResult:
+    job: Job, place: Path, out: Path, engine: str | None, verify: bool, progress: Progress | None,
+    kv_scales: Scales | None = None,
+) -> ExportResult:  # fmt: skip
     """Compress into `place`, export that to `out`."""
     from bitnest.export.compressed_tensors import Requantised, export_compressed_tensors
     from bitnest.quantize.compress import run
@@ -223,7 +306,9 @@ def _requantise(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(partial_directory(temporary), ignore_errors=True)
     made, _ = run(job, temporary, progress=progress)
-    result = export_compressed_tensors(made.path, out, engine=engine, verify=verify)
+    result = export_compressed_tensors(
+        made.path, out, engine=engine, verify=verify, kv_scales=kv_scales
+    )
     recipe, bits = job.recipe, job.checkpoint.bits
     assert bits is not None  # only `whole` has none
     errors = _errors(summarise(made).groups)

@@ -51,6 +51,11 @@ def command(
     static: str = typer.Option(
         "mse", "--static", help="How static scales of inputs are chosen: mse, percentile, absmax."
     ),
+    kv: str = typer.Option(
+        None,
+        "--kv",
+        help="KV cache that eval and serve use for the artifact: fp8, int8, int4-g64-w128, none.",
+    ),
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,
     plan: Path = typer.Option(None, "--plan", help="Carry out this plan of bitnest plan."),
@@ -130,7 +135,7 @@ def command(
         "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
         "group": group, "sparsity": sparsity, "prune": prune, "inputs": inputs,
-        "static": static, "nested": nested,
+        "static": static, "kv": kv, "nested": nested,
         "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
         "candidates": candidate,

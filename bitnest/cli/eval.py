@@ -43,6 +43,12 @@ def command(
         help="Memory for the weights of nested artifacts, a row for each: 2GiB or 9MB,12MB. Every "
         "weight gets the width that loses least.",
     ),
+    kv: list[str] = typer.Option(
+        [],
+        "--kv",
+        help="KV cache that the text goes through: fp8, int8, int4-g64-w128 ... or none, a row for "
+        "each (default: what the artifact asks for). One model alone is its own base.",
+    ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
     batch_size: int = typer.Option(8, "--batch-size", min=1, help="Windows per forward pass."),
@@ -71,6 +77,7 @@ def command(
             without=without,
             bits=() if bits is None else parse_widths(bits),
             sizes=() if size is None else [parse_size(one) for one in size.split(",")],
+            kv=kv,
             window=window,
             windows=windows,
             batch_size=batch_size,

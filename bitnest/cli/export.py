@@ -29,12 +29,18 @@ def command(
     data: list[str] = typer.Option(
         [],
         "--data",
-        help="With --bits: calibration text, label=source or just the source: a file, a directory "
-        "or hub:name (default: embedded text).",
+        help="With --bits or an fp8 cache: calibration text, label=source or just the source: a "
+        "file, a directory or hub:name (default: embedded text).",
     ),
     samples: int = typer.Option(64, "--samples", min=1, help="Calibration windows."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens per window."),
     seed: int = typer.Option(0, "--seed", min=0, help="Choice of calibration windows."),
+    kv: str = typer.Option(
+        None,
+        "--kv",
+        help="The engine's KV cache: fp8, with scales calibrated on --data (default: what the "
+        "artifact asks for, its own texts), or none.",
+    ),
     memory: str = typer.Option(None, "--memory", help="Bound on the process, such as 3GiB."),
     device: str = Device,
     verify: bool = typer.Option(
@@ -63,7 +69,7 @@ def command(
     with Bars(quiet) as bars:
         result = api.export(
             artifact, out, engine=engine, verify=verify, bits=bits, group=group, method=method,
-            data=data, samples=samples, length=length, seed=seed, memory=parse_size(memory),
+            data=data, samples=samples, length=length, seed=seed, kv=kv, memory=parse_size(memory),
             device=device, trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     if json:

@@ -50,6 +50,12 @@ def command(
         "continuous", "--backend", help="continuous batching, or generate: one request at a time."
     ),
     cache_tokens: int = typer.Option(32768, "--cache-tokens", help="KV cache, in tokens."),
+    kv: str = typer.Option(
+        None,
+        "--kv",
+        help="KV cache: fp8, int8, int4-g64-w128 ... or none (default: what the artifact asks "
+        "for). A quantised one is served by --backend generate; vllm takes fp8 and none.",
+    ),
     max_pending: int = typer.Option(256, "--max-pending", help="Requests waiting before 503."),
     cache_dir: Path = typer.Option(
         None, "--cache-dir", help="Where compressed models are kept (default: ~/.cache/bitnest)."
@@ -73,6 +79,7 @@ def command(
         from bitnest.serve.engine_vllm import find_vllm
 
         find_vllm(vllm_bin)  # before compressing and exporting for it
+    from bitnest.artifact import is_artifact
     from bitnest.cli.render import Bars, say
     from bitnest.quantize.allocation.fitting import Fitted
 
@@ -88,18 +95,25 @@ def command(
             options |= {"bits": None, "size": None}
             if isinstance(width, Fitted):
                 say(f"widths: {width.bits:.2f} bits on average, {width.nbytes:,} bytes")
+        flag = _vllm_kv(kv, engine)
         path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
         if engine == "vllm":
-            path = _exported(path, vllm_for, cache_dir)
+            flag = None if is_artifact(path) else flag  # an export says it itself
+            path = _exported(path, vllm_for, cache_dir, kv)
     if engine == "vllm":
         from bitnest.serve.engine_vllm import serve_with_vllm
 
         extra = ["--served-model-name", name or model]
+        extra += ["--kv-cache-dtype", flag] if flag is not None else []
         raise typer.Exit(serve_with_vllm(path, host, port, api_key, extra, vllm_bin=vllm_bin))
+    from bitnest.artifact import Artifact
+    from bitnest.formats.kv import read_kv
     from bitnest.packed.loading import load_model, load_tokenizer
     from bitnest.serve.run import run_server
 
     quiet_transformers()
+    if kv is None and is_artifact(path):
+        kv = Artifact.open(path).manifest.get("kv")
     run_server(
         load_model(
             path,
@@ -115,7 +129,30 @@ def command(
         backend="generate" if backend == "generate" else "continuous",
         cache_tokens=cache_tokens,
         max_pending=max_pending,
+        kv=read_kv(kv),
     )
+
+
+def _vllm_kv(kv: str | None, engine: str) -> str | None:
+    """What vLLM is told of the cache of a model that it serves as it is; None: nothing.
+
+    Raises:
+        FormatError: no such format.
+        TargetError: one that vLLM does not have.
+    """
+    from bitnest.errors import TargetError
+    from bitnest.formats.kv import read_kv
+
+    fmt = read_kv(kv)
+    if engine != "vllm" or fmt is None:
+        return None
+    if fmt.name != "fp8_e4m3":
+        raise TargetError(
+            f"vLLM has no KV cache {fmt.name}",
+            where="--kv",
+            hint="--kv fp8, --kv none, or --engine bitnest",
+        )
+    return "fp8"
 
 
 def _beside(model: str, lora: list[str], dense: bool, engine: str) -> list[str]:
@@ -206,7 +243,7 @@ def _artifact(
     return cached_artifact(source, key if lora else options, build, root=cache_dir)
 
 
-def _exported(path: Path, target: str, cache_dir: Path | None) -> Path:
+def _exported(path: Path, target: str, cache_dir: Path | None, kv: str | None) -> Path:
     from bitnest import api
     from bitnest.artifact import is_artifact
     from bitnest.serve.cache import cached_export
@@ -214,5 +251,8 @@ def _exported(path: Path, target: str, cache_dir: Path | None) -> Path:
     if not is_artifact(path):
         return path
     return cached_export(
-        path, {"for": target}, lambda out: api.export(path, out, engine=target), root=cache_dir
+        path,
+        {"for": target, **({"kv": kv} if kv is not None else {})},
+        lambda out: api.export(path, out, engine=target, kv=kv),
+        root=cache_dir,
     )

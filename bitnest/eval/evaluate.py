@@ -38,9 +38,10 @@ from bitnest.eval.logits import (
 )
 from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
-from bitnest.eval.settings import read_settings
+from bitnest.eval.settings import artifact_kv, check_caches, read_caches, read_settings
 from bitnest.eval.size import count_parameters
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
+from bitnest.formats.kv import KVFormat
 from bitnest.lora import name_with
 from bitnest.packed.adapters import Adapters
 from bitnest.packed.loading import load_model, load_tokenizer
@@ -71,6 +72,7 @@ def evaluate(
     device: str | torch.device | None = None,
     bits: Sequence[int] = (),
     sizes: Sequence[int] = (),
+    kv: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -82,10 +84,12 @@ def evaluate(
     with these experts switched off (`eval.without` says what that means). One model alone is then
     the base of its own rows; several without `against` have perplexity only. bits: widths at which
     nested artifacts are read, a row for each that they have; others have one row. sizes: bytes that
-    a nested artifact's weights may take, a row for each. window, windows: tokens in a window,
-    windows per text. batch_size: windows per forward pass (packed models decode their weights once
-    per pass). dtype: compute type. device: None means CUDA where there is one, as when compressing.
-    The base is the first row.
+    a nested artifact's weights may take, a row for each. kv: formats of the KV cache that the text
+    goes through (`formats.kv`), or `none`, a row for each; without any, what each artifact asks
+    for; the base has none, and one model alone is then its own. window, windows: tokens in a
+    window, windows per text. batch_size: windows per forward pass (packed models decode their
+    weights once per pass). dtype: compute type. device: None means CUDA where there is one, as when
+    compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -100,6 +104,7 @@ def evaluate(
         said = "--bits" if bits else "--size"
         raise BitnestError(f"{said} and --without are measured apart", hint="leave out one")
     offs = parse_without(without)
+    caches = read_caches(kv)
     device = choose_device(None if device is None else str(device))
     given = [model for model in (against, *models) if model is not None]
     paths = [resolve_model(model) for model in given]
@@ -114,6 +119,12 @@ def evaluate(
     ]
     for name, path in zip(names, paths, strict=True):
         _check_context(name, path, window, trust_remote_code)
+    formats = [caches or [artifact_kv(path)] for path in paths]
+    if against is not None:
+        formats[0] = [None]
+    elif len(models) == 1 and any(formats[0]):
+        formats[0] = list(dict.fromkeys([None, *formats[0]]))
+    check_caches(paths, formats, trust_remote_code)
     switches = [
         find_switches(offs, name, path, trust_remote_code=trust_remote_code)
         for name, path in zip(names[-len(models) :], paths[-len(models) :], strict=True)
@@ -127,7 +138,7 @@ def evaluate(
     _check_vocabulary(names, paths, tokenizers)
     texts, tokens = _read(tokenizers[0], data, window, windows)
 
-    based = against is not None or (len(models) == 1 and bool(offs))
+    based = against is not None or (len(models) == 1 and bool(offs or any(formats[0])))
     reference: Reference | None = None
     rows: list[Row] = []
     parameters = count_parameters(paths[0])
@@ -140,9 +151,10 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         counted = parameters if based else count_parameters(path)
-        for setting, switch in [
-            *((own, Switch()) for own in chosen[number]), *((first, s) for s in switches[number])
-        ]:  # fmt: skip
+        for setting, switch, cache in [
+            *((own, Switch(), c) for own in chosen[number] for c in formats[number]),
+            *((first, s, c) for s in switches[number] for c in formats[number]),
+        ]:
             if setting is not first:
                 set_bits(model, setting.widths)
             hold_decoded(model)
@@ -151,12 +163,15 @@ def evaluate(
             per_weight = 8 * nbytes / counted if counted else None
             title = f"{name} without {switch.label}" if switch.modules else name
             title = f"{name} {setting.said}" if setting.said else title
-            if progress is not None and switch.modules:
+            title = title if cache is None else f"{title}, kv {cache.name}"
+            if progress is not None and (switch.modules or cache is not None):
                 progress.phase(f"measure {title}", sum(text.windows for text in texts))
             is_base = based and not rows
             kept = Reference(head, model.device, []) if is_base else None
             with switched_off(model, switch):
-                found = _measure(model, head, title, tokens, batch_size, reference, kept, progress)
+                found = _measure(
+                    model, head, title, tokens, batch_size, reference, kept, progress, cache
+                )
             if is_base:
                 reference = kept
             scores = tuple(score(text, result) for text, result in zip(texts, found, strict=True))
@@ -170,6 +185,7 @@ def evaluate(
                     head is not None,
                     scores,
                     switch.experts,
+                    "" if cache is None else cache.name,
                 )
             )
         del model
@@ -186,13 +202,14 @@ def _measure(
     reference: Reference | None,
     kept: Reference | None,
     progress: Progress | None,
+    kv: KVFormat | None = None,
 ) -> list[Tokens]:
     """Per-token results of one model on every text; `kept` takes its outputs if it is the base."""
     results = []
     for number, windows in enumerate(tokens):
         labels = windows[:, 1:].flatten()
         parts: list[Tokens] = []
-        for rows, logits in _logits(model, head, windows, batch_size):
+        for rows, logits in _logits(model, head, windows, batch_size, kv):
             base = None if reference is None else reference.logits(number, rows)
             if base is not None and base.vocab != logits.vocab:
                 raise _other_vocabulary(name, f"{logits.vocab} logits, the base has {base.vocab}")
@@ -209,7 +226,11 @@ def _measure(
 
 
 def _logits(
-    model: Any, head: Head | None, tokens: torch.Tensor, batch_size: int
+    model: Any,
+    head: Head | None,
+    tokens: torch.Tensor,
+    batch_size: int,
+    kv: KVFormat | None = None,
 ) -> Iterator[tuple[slice, Logits]]:
     """Logits of all predictions, batch by batch, with the rows they are; tokens (N, T)."""
     per_window = tokens.shape[1] - 1
@@ -218,9 +239,9 @@ def _logits(
         part = tokens[start : start + step]
         rows = slice(start * per_window, (start + len(part)) * per_window)
         if head is None:
-            yield rows, Full(own_logits(model, part)[:, :-1].flatten(0, 1), model.device)
+            yield rows, Full(own_logits(model, part, kv)[:, :-1].flatten(0, 1), model.device)
         else:
-            yield rows, Streamed(record(model, part)[:, :-1].flatten(0, 1), head)
+            yield rows, Streamed(record(model, part, kv)[:, :-1].flatten(0, 1), head)
 
 
 def _join(parts: Sequence[Tokens]) -> Tokens:

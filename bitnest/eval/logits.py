@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from bitnest.errors import BitnestError
+from bitnest.eval.kv import passes
+from bitnest.formats.kv import KVFormat
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +166,9 @@ def _recording(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def record(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Hidden states the head of `model` would read for tokens (N, T): (N, T, width).
+def record(model: Any, tokens: torch.Tensor, kv: KVFormat | None = None) -> torch.Tensor:
+    """Hidden states the head of `model` would read for tokens (N, T): (N, T, width). kv: of the
+    cache that the text goes through, see `eval.kv`.
 
     Raises:
         ValueError: the model does not call its head exactly once on all tokens.
@@ -173,18 +176,19 @@ def record(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError("it names no output embedding")
+    run = passes(model, tokens, kv)
     with _recording(head) as seen:
-        model(input_ids=tokens.to(model.device), use_cache=False)
-    if len(seen) != 1 or seen[0].shape[:-1] != tokens.shape:
+        count = sum(1 for _ in run)
+    hidden = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
+    if len(seen) != count or hidden.shape[:-1] != tokens.shape:
         raise ValueError("its head is not called once on all tokens")
-    return seen[0]
+    return hidden
 
 
 @torch.no_grad()
-def own_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The model's own logits (N, T, vocab) for tokens (N, T)."""
-    logits: torch.Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
-    return logits
+def own_logits(model: Any, tokens: torch.Tensor, kv: KVFormat | None = None) -> torch.Tensor:
+    """The model's own logits (N, T, vocab) for tokens (N, T). kv: as for `record`."""
+    return torch.cat([found.logits for found in passes(model, tokens, kv)], dim=1)
 
 
 def open_head(model: Any, tokens: torch.Tensor, name: str) -> Head | None:

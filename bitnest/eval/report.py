@@ -73,7 +73,8 @@ class Row:
     everything is compared with (its own without a base), None if unknown. bits_per_weight:
     8 nbytes / parameters. streamed: whether logits were streamed through the head, or came from the
     model's own forward. without: `LAYER:EXPERT` of each expert switched off (`eval.without`); the
-    sizes are still those of the files.
+    sizes are still those of the files. kv: format of the KV cache that the text went through, empty
+    for none.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Row:
     streamed: bool
     scores: tuple[Score, ...]
     without: tuple[str, ...] = ()
+    kv: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The widths at which a nested artifact is measured: a row each."""
+"""The widths at which a nested artifact is measured, and the caches: a row each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from bitnest.artifact import Artifact, is_artifact
 from bitnest.errors import BitnestError, RecipeError
 from bitnest.eval.size import weight_bytes
+from bitnest.formats.kv import KVFormat, read_kv
 from bitnest.packed.widths import Widths, nested_widths
 from bitnest.quantize.allocation.fitting import Fitting
 
@@ -64,3 +65,38 @@ def read_settings(
                 [Setting(w, f"at {w} bits", weight_bytes(path, w)) for w in bits if w in widths]
             )
     return settings
+
+
+def read_caches(names: Sequence[str]) -> list[KVFormat | None]:
+    """Formats of the KV cache by name, `none` among them; each once.
+
+    Raises:
+        FormatError: there is no such format.
+    """
+    return list(dict.fromkeys(read_kv(name) for name in names))
+
+
+def artifact_kv(path: Path) -> KVFormat | None:
+    """What the artifact in `path` asks for; None for checkpoints.
+
+    Raises:
+        FormatError: a format that this bitnest does not know.
+    """
+    return read_kv(Artifact.open(path).manifest.get("kv")) if is_artifact(path) else None
+
+
+def check_caches(
+    paths: Sequence[Path], formats: Sequence[Sequence[KVFormat | None]], trust_remote_code: bool
+) -> None:
+    """Refuse models whose cache cannot be quantised, before any is loaded.
+
+    Raises:
+        UnsupportedModel: one of those that are to be.
+    """
+    from transformers import AutoConfig
+
+    from bitnest.packed.kv_cache import check_family
+
+    for path, own in zip(paths, formats, strict=True):
+        if any(own):
+            check_family(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))

@@ -3,7 +3,8 @@
     config.json                 the source's, with quantization_config (see schemes.py)
     model-*.safetensors         dense tensors byte for byte, then one file per decoder block with
                                 <site>.weight_packed or .weight, .weight_scale, ... (tensors.py)
-                                and one with embedding and head, decoded, where those are packed
+                                and one with embedding and head, decoded, where those are packed,
+                                one with scales of the KV cache (kv_scales.py)
     tokenizer and generation files, copied
 
 Everything is checked before anything is written. The directory is written beside its place, read
@@ -31,6 +32,7 @@ from bitnest.artifact import Artifact, site_tensors
 from bitnest.checkpoint import config_dtype, main_dtype
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
+from bitnest.export.kv_scales import SCHEME, scale_entries
 from bitnest.export.layouts import packed_format, packed_layout
 from bitnest.export.rules import check_layout, decoded_sites, formats_of, packed_sites
 from bitnest.export.schemes import quantization_config
@@ -40,6 +42,7 @@ from bitnest.export.verify import verify_export
 from bitnest.formats import parse_format
 from bitnest.kernels.decode import decode
 from bitnest.manifest import MANIFEST, SiteRecord
+from bitnest.packed.kv_cache import Scales
 from bitnest.reduced import is_ordinary
 from bitnest.safetensors_io import Entry, TensorInfo, read_header, read_tensor, write_file
 
@@ -106,12 +109,14 @@ def export_compressed_tensors(
     *,
     engine: str | None = None,
     verify: bool = True,
+    kv_scales: Scales | None = None,
 ) -> ExportResult:
     """Write the artifact in `artifact_path` as a compressed-tensors model directory `out`.
 
     engine: refuse what this engine (see `engines.ENGINES`) cannot run; None refuses only what the
     files cannot say and turns engines' limits into notes. verify: decode every weight of the
-    finished files by other code and compare bit for bit.
+    finished files by other code and compare bit for bit. kv_scales: of a KV cache in 8-bit floats
+    (`kv_scales.py`), None for the model's own cache.
 
     Raises:
         TargetError: a site that the format or the engine cannot take; nothing was written.
@@ -125,13 +130,16 @@ def export_compressed_tensors(
     dtype = _model_dtype(config, dense)
     scales = _global_scales(artifact)
     notes, scheme = check_export(artifact.records, config, dense, engine, scales)
+    if kv_scales is not None:
+        scheme["kv_cache_scheme"] = dict(SCHEME)
     config["quantization_config"] = scheme
+    extra = [] if kv_scales is None else scale_entries(kv_scales, artifact.records)
     _check_scales(artifact, dtype)
     _check_place(artifact, out, dtype)
     if verify:
         artifact.verify()
     with _partial_directory(out) as work:
-        _write(artifact, work, config, dense, dtype)
+        _write(artifact, work, config, dense, dtype, extra)
         verified, verifier = verify_export(artifact, work, dtype) if verify else (0, "")
     formats = formats_of(artifact.records)
     layouts = {packed_layout(record) for record in packed_sites(artifact.records)}
@@ -183,19 +191,22 @@ def _write(
     config: dict[str, Any],
     dense: dict[str, TensorInfo],
     dtype: torch.dtype,
+    extra: Sequence[Entry] = (),
 ) -> None:
     packed: dict[str, list[SiteRecord]] = {}
     for record in packed_sites(artifact.records):
         packed.setdefault(record.file, []).append(record)
     dense_files = sorted({info.file for info in dense.values()})
     ends = decoded_sites(artifact.records)
-    count = len(dense_files) + len(packed) + bool(ends)
+    count = len(dense_files) + len(packed) + bool(ends) + bool(extra)
     weight_map: dict[str, str] = {}
     total = 0
     for number in range(count):
         file = work / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         if number < len(dense_files):
             shutil.copyfile(dense_files[number], file)
+        elif extra and number == count - 1:
+            write_file(file, list(extra))
         elif number == len(dense_files) + len(packed):
             write_file(file, [_decoded(artifact, record, dtype) for record in ends])
         else:

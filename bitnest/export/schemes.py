@@ -14,7 +14,7 @@ none a dense one, is checked by enumeration.
 Engines look up a layer's experts by the name of expert 0, so patterns say any expert number: the
 layer's experts share one scheme, as `rules.check_layout` made sure.
 
-Left out: activations and the KV cache, which stay 16-bit.
+Left out: activations, which stay 16-bit, and the KV cache, see `kv_scales.py`.
 """
 
 from __future__ import annotations

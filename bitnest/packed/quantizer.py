@@ -37,14 +37,16 @@ METHOD = "bitnest"
 class BitnestConfig(QuantizationConfigMixin):
     """The `quantization_config` of an artifact's config.json.
 
-    format: the default format's name. format_version: of the artifact's layout. What each site
-    really has is in bitnest.json.
+    format: the default format's name. format_version: of the artifact's layout. kv: format of the
+    KV cache that `eval` and `serve` are to use, empty for 16 bits; `generate` uses it when it is
+    given one (`packed.kv_cache.open_cache`). What each site really has is in bitnest.json.
     """
 
-    def __init__(self, format: str = "", format_version: int = 1, **_: Any) -> None:
+    def __init__(self, format: str = "", format_version: int = 1, kv: str = "", **_: Any) -> None:
         self.quant_method = METHOD
         self.format = format
         self.format_version = format_version
+        self.kv = kv
 
 
 @register_quantizer(METHOD)

@@ -518,6 +518,7 @@ def artifact_config(job: Job) -> dict[str, Any]:
             "quant_method": "bitnest",
             "format_version": FORMAT_VERSION,
             "format": job.recipe.format,
+            **({"kv": job.recipe.kv} if job.recipe.kv else {}),
         },
     }
 
@@ -562,6 +563,7 @@ def _manifest(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
         },
         "architecture": type(job.skeleton.model).__name__,
         "recipe": job.recipe.to_json(),
+        **({"kv": job.recipe.kv} if job.recipe.kv else {}),
         "resolved": resolved(job.recipe) if job.asked is None else job.asked,
         "calibration": None
         if calibration is None

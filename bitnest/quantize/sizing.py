@@ -6,7 +6,8 @@ and its tokens: they are counted at their longest, so that the artifact
 is never larger than said, and smaller by a few bytes per site at most. Formats whose size depends
 on values (`fixed_size` false) are counted at their bound.
 
-With a context length the bytes of the key-value cache are added, for one sequence in 16 bit.
+With a context length the bytes of the key-value cache are added, for one sequence, in 16 bits or
+in the format that the recipe says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from bitnest.artifact import COPIED, config_text, index_text, packed_file_name, shards
 from bitnest.errors import UnsupportedModel
 from bitnest.formats import AnyFormat, DenseFormat, refinement, widths
+from bitnest.formats.kv import KVFormat, read_kv
 from bitnest.manifest import SiteRecord, manifest_text
 from bitnest.planes import join_streams, plane_file
 from bitnest.quantize.compress import Job, artifact_config, dense_entries, draft_manifest
@@ -115,7 +117,8 @@ def artifact_sizes(
         manifest["calibration"] = assumed.to_json()
         manifest["fingerprint"] = {**manifest["fingerprint"], "calibration": SHA}
     text = manifest_text(manifest, (r.to_json() for r in records), files)
-    cache = cache_bytes(job.skeleton.model.config, context) if context else 0
+    kv = read_kv(job.recipe.kv or None)
+    cache = cache_bytes(job.skeleton.model.config, context, kv=kv) if context else 0
     return Sizes(packed, dense, headers, len(text.encode()), sum(texts.values()), cache)
 
 
@@ -195,8 +198,9 @@ def _copied(job: Job) -> dict[str, int]:
     return found
 
 
-def cache_bytes(config: Any, context: int, itemsize: int = 2) -> int:
-    """Keys and values of one sequence of `context` tokens, over all layers.
+def cache_bytes(config: Any, context: int, itemsize: int = 2, kv: KVFormat | None = None) -> int:
+    """Keys and values of one sequence of `context` tokens, over all layers. kv: their format, with
+    itemsize bytes a value in its window.
 
     Layers with a sliding window keep its length. Multi-head latent attention is counted as
     transformers keeps it: with keys and values of every head.
@@ -213,10 +217,10 @@ def cache_bytes(config: Any, context: int, itemsize: int = 2) -> int:
             where=type(config).__name__,
             hint="leave out --context",
         )
+    kept, size = getattr(inner, "num_key_value_heads", None) or heads, 0
     if getattr(inner, "kv_lora_rank", None):
         width = heads * (inner.qk_nope_head_dim + inner.qk_rope_head_dim + inner.v_head_dim)
     else:
-        kept = getattr(inner, "num_key_value_heads", None) or heads
         size = getattr(inner, "head_dim", None) or inner.hidden_size // heads
         width = 2 * kept * size
     window = getattr(inner, "sliding_window", None)
@@ -224,5 +228,9 @@ def cache_bytes(config: Any, context: int, itemsize: int = 2) -> int:
     total = 0
     for kind in kinds:
         sliding = kind == "sliding_attention" and window is not None
+        if kv is not None:
+            span = int(window or 0) if sliding else None
+            total += kv.nbytes(context, kept, size, size, sliding=span, itemsize=itemsize)
+            continue
         total += width * itemsize * (min(context, int(window or 0)) if sliding else context)
     return int(total)

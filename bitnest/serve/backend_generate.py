@@ -1,6 +1,7 @@
 """The `generate` backend: one `model.generate` at a time, in the order the jobs came.
 
-For models and devices that continuous batching does not support. Concurrent requests wait for each
+For models and devices that continuous batching does not support, and for quantised KV caches, which
+its paged cache is not. Concurrent requests wait for each
 other; nothing else differs, the sampler is the same.
 """
 
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitnest.packed.kv_cache import open_cache
 from bitnest.serve.backend import BackendStopped, Deliver, Job, Update
 from bitnest.serve.sampling import force_sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bitnest.formats.kv import KVFormat
 
 
 class _Cancelled(Exception):
@@ -58,8 +62,18 @@ class GenerateBackend:
     name = "generate"
     max_context: int | None = None
 
-    def __init__(self, model: PreTrainedModel, end_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, end_ids: tuple[int, ...], *, kv: KVFormat | None = None
+    ) -> None:
+        """kv: format of every job's KV cache, None for the model's own.
+
+        Raises:
+            UnsupportedModel: a family whose cache cannot be quantised.
+        """
         self._model: Any = model
+        self._kv = kv
+        if kv is not None:
+            open_cache(model, kv)  # refused, and its rotations found, before the first job
         self._end_ids = end_ids
         self._jobs: queue.Queue[tuple[Job, Deliver] | None] = queue.Queue()
         self._cancelled: dict[str, threading.Event] = {}
@@ -132,6 +146,7 @@ class GenerateBackend:
             pad_token_id=self._end_ids[0] if ends else 0,
         )
         ids = torch.tensor([job.prompt], device=self._model.device)
+        cache = {} if self._kv is None else {"past_key_values": open_cache(self._model, self._kv)}
         self._model.generation_config = neutral
         try:
             self._model.generate(
@@ -140,6 +155,7 @@ class GenerateBackend:
                 generation_config=neutral,
                 logits_processor=[_Sampler(job)],
                 streamer=_Streamer(deliver, cancelled),
+                **cache,
             )
         finally:
             self._model.generation_config = own

@@ -28,6 +28,8 @@ from bitnest.serve.service import Service  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from bitnest.formats.kv import KVFormat
+
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -118,8 +120,10 @@ def run_server(
     max_pending: int = 256,
     grace: float = 3.0,
     say: Callable[[str], None] | None = None,
+    kv: KVFormat | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. `say` gets lines for people; by default they go to stderr.
+    """Serve until SIGINT or SIGTERM. `say` gets lines for people; by default they go to stderr. kv:
+    format of the KV cache, which takes the backend `generate`.
 
     Raises:
         BitnestError: the port cannot be used, or the backend cannot run the model.
@@ -129,9 +133,11 @@ def run_server(
         say(f"warning: anyone who reaches {host} can use this server; --api-key asks for a key")
     if ignored := unapplied_defaults(model.generation_config):
         say(f"warning: not applied from generation_config.json: {', '.join(ignored)}")
+    if kv is not None and backend != "generate":
+        say(f"KV cache {kv.name}: one request at a time (--kv none for continuous batching)")
     listener = listen(host, port)
     try:
-        engine = make_backend(backend, model, tokenizer, cache_tokens=cache_tokens)
+        engine = make_backend(backend, model, tokenizer, cache_tokens=cache_tokens, kv=kv)
         engine.start()
         app = create_app(
             model,

@@ -44,6 +44,8 @@ from bitnest.serve.service import Answer, Service  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from bitnest.formats.kv import KVFormat
+
 BackendName = Literal["continuous", "generate"]
 
 _MAX_BODY = 32 * 2**20
@@ -57,13 +59,18 @@ def make_backend(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_tokens: int = 32768,
+    kv: KVFormat | None = None,
 ) -> Backend:
-    """The backend called `name`, not started."""
+    """The backend called `name`, not started; `generate` where kv says how the cache is stored.
+
+    Raises:
+        UnsupportedModel: a family whose cache cannot be quantised.
+    """
     ends = end_of_sequence_ids(model, tokenizer)
-    if name == "generate":
+    if name == "generate" or kv is not None:
         from bitnest.serve.backend_generate import GenerateBackend
 
-        return GenerateBackend(model, ends)
+        return GenerateBackend(model, ends, kv=kv)
     from bitnest.serve.backend_continuous import ContinuousBackend
 
     return ContinuousBackend(model, ends, cache_tokens=cache_tokens)
