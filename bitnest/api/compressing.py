@@ -134,7 +134,7 @@ def compress(
     from bitnest.quantize.preflight import preflight as estimate
     from bitnest.quantize.sizing import artifact_sizes
 
-    check_policy(policy)
+    check_policy(policy, candidates)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     nesting = None
     if nested is not None and (format is not None or plan is not None):
