@@ -121,7 +121,8 @@ class ReducedCheckpoint(Checkpoint):
 
     def origin(self) -> dict[str, Any]:
         """What a manifest says of this source besides its name, size and hash."""
-        return {**self.base.origin(), "reduced": self.reduction.summary()}
+        own = {**self.reduction.summary(), "bytes": self.base.nbytes}
+        return {**self.base.origin(), "reduced": own}
 
 
 def is_ordinary(config: Mapping[str, Any]) -> bool:

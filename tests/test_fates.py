@@ -153,8 +153,9 @@ def test_what_is_left_keeps_its_formats_and_constants_are_means(
 
 def test_a_block_that_is_dropped_is_gone(tiny: Builder, tmp_path: Path) -> None:
     model = tiny("qwen3_moe")
-    api.compress(model, tmp_path / "a", format="int4-g32", method="rtn",
-                 rules=["model.layers.0.*=drop"])  # fmt: skip
+    result = api.compress(model, tmp_path / "a", format="int4-g32", method="rtn",
+                          rules=["model.layers.0.*=drop"])  # fmt: skip
+    assert result.source_bytes == open_checkpoint(model).nbytes  # the block's too
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     assert len(loaded.model.layers) == 1
     source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -192,6 +193,42 @@ def test_analysis_tells_what_fates_lose(statistics: Path) -> None:
     other = next(e for e in range(4) if e not in (expert, partners[expert]))
     unknown = fates.loss((0, expert), FateFormat("merge", other))
     assert (unknown >= fates.loss((0, expert), FateFormat("merge", partners[expert]))).all()
+
+
+def test_experts_of_a_router_of_groups_are_not_dropped(
+    tiny: Builder, text: Path, tmp_path: Path
+) -> None:
+    """No group may lose more rows than another, so no plan could drop one: it would be refused."""
+    out = tmp_path / "statistics"
+    model = tiny("deepseek_v3")
+    kinds = ["drop", "constant", "copy"]
+    api.analyze(model, out, data=[str(text)], formats=[*FORMATS, *kinds], **MEASURE)
+    (layer,) = Statistics.open(out).header["fates"]["layers"]
+    assert layer["drop"] == [None] * 4 and None not in layer["constant"]
+    made = api.plan(model, statistics=out, bits=1.55).plan
+    fates = {fmt for fmt in made.formats(job_of(model).sites).values() if fmt in KINDS}
+    assert fates and "drop" not in fates
+
+
+def test_candidates_that_say_nothing_are_refused_before_measuring(
+    tiny: Builder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr(api, "analyze", measured)
+    for options, said in (
+        ({"candidates": ["int4-g32", "merge2"]}, "names no expert"),
+        ({"candidates": ["int4-g32", "drop"], "policy": "uniform"}, "policy uniform"),
+        ({"candidates": ["int4-g32", "drop"], "target": "vllm-cpu"}, "vllm-cpu cannot load"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            api.plan(tiny("qwen3_moe"), bits=15, data=[str(text)], **options, **MAKE)
+        with pytest.raises(RecipeError, match=said):
+            api.compress(
+                tiny("qwen3_moe"), tmp_path / "a", bits=15, data=[str(text)], **options, **MAKE
+            )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prediction_counts_an_expert_once(statistics: Path) -> None:

@@ -363,6 +363,8 @@ def test_prune_writes_what_transformers_opens(tiny: Builder, tmp_path: Path) -> 
         ({}, "nothing to prune"),
         ({"experts": "0"}, "'0' of"),
         ({"experts": "150%"}, "'150%' of"),
+        ({"experts": "100%"}, "all 4 experts stay"),
+        ({"blocks": 1, "tune": True}, "--tune says nothing"),
         ({"experts": "many"}, "'many' of"),
         ({"experts": "1"}, "experts, where a token chooses"),
         ({"experts": "50%", "align": True}, "experts that are merged"),

@@ -223,7 +223,7 @@ def analyze(
     if fates and not any(site.expert is not None for site in job.sites):
         other = next((fate for fate in fates if fate != "drop"), None)
         if other is not None:
-            raise RecipeError(f"the model has no experts to {other}", where=str(model),
+            raise RecipeError(f"the model has no experts: none can be '{other}'", where=str(model),
                               hint="--format drop measures what blocks would cost")  # fmt: skip
         if len(job.skeleton.blocks) < 3:
             raise RecipeError(

@@ -143,7 +143,7 @@ def compress(
     from bitnest.quantize.preflight import preflight as estimate
     from bitnest.quantize.sizing import artifact_sizes
 
-    check_policy(policy)
+    check_policy(policy, candidates)
     format, inputs = with_inputs(format, inputs)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     nesting = None

@@ -143,7 +143,7 @@ def plan(
     Raises:
         BitnestError: before work starts for whatever can be known then.
     """
-    check_policy(policy)
+    check_policy(policy, candidates)
     nesting = open_nesting(nested, group, base_size, target, candidates)
     dials = Dials(bits, size, max_kl, min_agreement, context)
     if not dials.given:
@@ -192,16 +192,21 @@ def open_nesting(
     return Nesting.parse(nested, group, base_size)
 
 
-def check_policy(policy: str) -> None:
-    """Refuse an unknown policy.
+def check_policy(policy: str, candidates: Sequence[str] = ()) -> None:
+    """Refuse an unknown policy, and candidates that it would say nothing of.
 
     Raises:
-        RecipeError: it is.
+        RecipeError: it is, or fates, which only ours chooses.
     """
+    from bitnest.formats import fates_apart
     from bitnest.quantize.allocation.policies import POLICIES
 
     if policy not in POLICIES:
         raise RecipeError(f"unknown policy '{policy}'", hint="one of " + ", ".join(POLICIES))
+    if policy != "bitnest" and (fates := fates_apart(candidates)[1]):
+        raise RecipeError(f"policy {policy} lets no expert or block go",
+                          where=f"--candidate {fates[0]}",
+                          hint="leave out --policy, or that candidate")  # fmt: skip
 
 
 def open_planner(
@@ -239,6 +244,7 @@ def open_planner(
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import prepare
     from bitnest.quantize.ends import check_ends
+    from bitnest.quantize.fates import check_candidates
     from bitnest.quantize.memory import Budget as Memory
 
     if job is None:
@@ -246,6 +252,8 @@ def open_planner(
         checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
         job = prepare(checkpoint, recipe, trust_remote_code=trust_remote_code)
     goal = open_target(target, job.checkpoint.config)
+    experts = any(site.expert is not None for site in job.sites)
+    check_candidates(candidates, goal.name, experts=experts)
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
     if checked:
         check_source(job, model, statistics, progress, lora=lora)

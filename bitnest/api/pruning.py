@@ -128,7 +128,7 @@ def prune(
     out = Path(os.path.abspath(out))
     if experts is None and not blocks:
         raise RecipeError("nothing to prune", hint="--experts 75%, or --blocks 2")
-    _check_said(experts, score, fate, align, statistics)
+    _check_said(experts, score, fate, align, tune, statistics)
     _check_ranges(samples, length, seed, bool(tune))
     if fate not in {"drop", "merge"}:
         raise RecipeError(
@@ -321,6 +321,11 @@ class Pruner:
         text = config.get_text_config()
         top_k, groups = first_of(text, TOP_K, 1), first_of(text, GROUPS, 1)
         keep = kept_experts(experts, axes.count)
+        if keep == axes.count:
+            raise RecipeError(
+                f"all {keep} experts stay", where="--experts",
+                hint="keep fewer" + (", or leave it out" if blocks else ""),
+            )  # fmt: skip
         if keep < top_k or keep % groups:
             raise RecipeError(
                 f"{keep} of {axes.count} experts, where a token chooses {top_k}"
@@ -384,7 +389,12 @@ class Pruner:
 
 
 def _check_said(
-    experts: str | None, score: str, fate: str, align: bool, statistics: str | Path | None
+    experts: str | None,
+    score: str,
+    fate: str,
+    align: bool,
+    tune: bool | None,
+    statistics: str | Path | None,
 ) -> None:
     """Refuse options that would say nothing.
 
@@ -393,6 +403,8 @@ def _check_said(
     """
     if experts is None and (score != "measured" or fate != "drop"):
         raise RecipeError("no experts go: --score and --fate say nothing", hint="--experts 75%")
+    if experts is None and tune:
+        raise RecipeError("no experts go: --tune says nothing", hint="--experts 75%")
     if align and fate != "merge":
         raise RecipeError("--align is for experts that are merged", hint="--fate merge")
     if fate == "merge" and score != "measured":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ class CompressResult:
         }
 
 
+def _source_bytes(source: Mapping[str, Any]) -> int:
+    """Of the checkpoint that was given, with what went before anything was compressed."""
+    return int(source.get("reduced", {}).get("bytes", source["bytes"]))
+
+
 def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
     """Sites and bytes of an artifact, counted by kind and format; nothing is left out. Several
     nested formats count by their widest width."""
@@ -101,7 +107,7 @@ def summarise(artifact: Artifact, seconds: float = 0.0) -> CompressResult:
         groups=groups,
         dense_bytes=nbytes - sum(r.nbytes for r in artifact.packed()),
         nbytes=nbytes,
-        source_bytes=artifact.manifest["source"]["bytes"],
+        source_bytes=_source_bytes(artifact.manifest["source"]),
         bits=coded / weights,
         bits_per_weight=8 * sum(r.nbytes for r in packed) / weights,
         starved=len(starved),

@@ -49,6 +49,11 @@ def command(
         help="KV cache that the text goes through: fp8, int8, int4-g64-w128 ... or none, a row for "
         "each (default: what the artifact asks for). One model alone is its own base.",
     ),
+    split: bool = typer.Option(
+        False,
+        "--split",
+        help="Further rows for what weights, rounded inputs and KV cache lose by themselves.",
+    ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),
     windows: int = typer.Option(64, "--windows", min=1, help="Windows per text, evenly spread."),
     batch_size: int = typer.Option(8, "--batch-size", min=1, help="Windows per forward pass."),
@@ -78,6 +83,7 @@ def command(
             bits=() if bits is None else parse_widths(bits),
             sizes=() if size is None else [parse_size(one) for one in size.split(",")],
             kv=kv,
+            split=split,
             window=window,
             windows=windows,
             batch_size=batch_size,

@@ -16,6 +16,8 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +42,13 @@ from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
 from bitnest.eval.settings import artifact_kv, check_caches, read_caches, read_settings
 from bitnest.eval.size import count_parameters
+from bitnest.eval.split import base_parts, check_split, rounded_inputs
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.formats.kv import KVFormat
 from bitnest.lora import name_with
 from bitnest.packed.adapters import Adapters
 from bitnest.packed.loading import load_model, load_tokenizer
-from bitnest.packed.modules import hold_decoded
+from bitnest.packed.modules import hold_decoded, inputs_unrounded
 from bitnest.packed.widths import set_bits
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def evaluate(
     bits: Sequence[int] = (),
     sizes: Sequence[int] = (),
     kv: Sequence[str] = (),
+    split: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -86,10 +90,11 @@ def evaluate(
     nested artifacts are read, a row for each that they have; others have one row. sizes: bytes that
     a nested artifact's weights may take, a row for each. kv: formats of the KV cache that the text
     goes through (`formats.kv`), or `none`, a row for each; without any, what each artifact asks
-    for; the base has none, and one model alone is then its own. window, windows: tokens in a
-    window, windows per text. batch_size: windows per forward pass (packed models decode their
-    weights once per pass). dtype: compute type. device: None means CUDA where there is one, as when
-    compressing. The base is the first row.
+    for; the base has none, and one model alone is then its own. split: further rows for the parts
+    of an artifact's error: weights, inputs and cache by themselves (`eval.split`). window, windows:
+    tokens in a window, windows per text. batch_size: windows per forward pass (packed models decode
+    their weights once per pass). dtype: compute type. device: None means CUDA where there is one,
+    as when compressing. The base is the first row.
 
     Raises:
         BitnestError: models that cannot be compared (vocabulary), a window longer than a model's
@@ -103,6 +108,9 @@ def evaluate(
     if (bits or sizes) and without:
         said = "--bits" if bits else "--size"
         raise BitnestError(f"{said} and --without are measured apart", hint="leave out one")
+    beside = {"--bits": bits, "--size": sizes, "--without": without, "--lora": lora}
+    if split and (apart := [option for option, own in beside.items() if own]):
+        raise BitnestError(f"--split and {apart[0]} are measured apart", hint="leave out one")
     offs = parse_without(without)
     caches = read_caches(kv)
     device = choose_device(None if device is None else str(device))
@@ -125,6 +133,8 @@ def evaluate(
     elif len(models) == 1 and any(formats[0]):
         formats[0] = list(dict.fromkeys([None, *formats[0]]))
     check_caches(paths, formats, trust_remote_code)
+    if split:
+        check_split(None if against is None else paths[0], paths[1:], formats[1:])
     switches = [
         find_switches(offs, name, path, trust_remote_code=trust_remote_code)
         for name, path in zip(names[-len(models) :], paths[-len(models) :], strict=True)
@@ -142,10 +152,49 @@ def evaluate(
     reference: Reference | None = None
     rows: list[Row] = []
     parameters = count_parameters(paths[0])
-    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+
+    def measure(
+        model: Any, name: str, title: str, nbytes: int, switch: Switch, cache: KVFormat | None
+    ) -> Row:
+        """One row; the first of a base is kept for the others to be compared with."""
+        nonlocal reference
+        hold_decoded(model)
+        head = open_head(model, tokens[0], name)
+        title = title if cache is None else f"{title}, kv {cache.name}"
         if progress is not None:
-            progress.phase(f"measure {name}", sum(text.windows for text in texts))
-        first, beside = chosen[number][0], adapters[number]
+            progress.phase(f"measure {title}", sum(text.windows for text in texts))
+        is_base = based and not rows
+        kept = Reference(head, model.device, []) if is_base else None
+        with switched_off(model, switch):
+            found = _measure(
+                model, head, title, tokens, batch_size, reference, kept, progress, cache
+            )
+        if is_base:
+            reference = kept
+        scores = tuple(score(text, result) for text, result in zip(texts, found, strict=True))
+        per_weight = 8 * nbytes / counted if counted else None
+        streamed, spelt = head is not None, "" if cache is None else cache.name
+        return Row(title, is_base, nbytes, counted, per_weight, streamed, scores,
+                   switch.experts, spelt)  # fmt: skip
+
+    def parts_on_base(number: int) -> list[Row]:
+        """What the base loses with the inputs and the cache of another model."""
+        parts = base_parts(paths[number], formats[number])
+        if not parts:
+            return []
+        base = load_model(paths[0], dtype=dtype, device=device, lora=loras[0],
+                          trust_remote_code=trust_remote_code)  # fmt: skip
+        found = []
+        for part in parts:
+            rounds = rounded_inputs(base, paths[number]) if part.inputs else nullcontext()
+            with rounds:
+                row = measure(base, names[0], f"{names[number]}: {part.said}", rows[0].nbytes,
+                              Switch(), part.kv)  # fmt: skip
+            found.append(replace(row, model=f"{names[number]}: {part.said}"))
+        return found
+
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        first, adapted = chosen[number][0], adapters[number]
         model = load_model(
             path, dtype=dtype, device=device, bits=first.widths, lora=loras[number],
             trust_remote_code=trust_remote_code,
@@ -157,39 +206,17 @@ def evaluate(
         ]:
             if setting is not first:
                 set_bits(model, setting.widths)
-            hold_decoded(model)
-            head = open_head(model, tokens[0], name)
-            nbytes = setting.nbytes + (0 if beside is None else beside.nbytes)
-            per_weight = 8 * nbytes / counted if counted else None
+            nbytes = setting.nbytes + (0 if adapted is None else adapted.nbytes)
             title = f"{name} without {switch.label}" if switch.modules else name
             title = f"{name} {setting.said}" if setting.said else title
-            title = title if cache is None else f"{title}, kv {cache.name}"
-            if progress is not None and (switch.modules or cache is not None):
-                progress.phase(f"measure {title}", sum(text.windows for text in texts))
-            is_base = based and not rows
-            kept = Reference(head, model.device, []) if is_base else None
-            with switched_off(model, switch):
-                found = _measure(
-                    model, head, title, tokens, batch_size, reference, kept, progress, cache
-                )
-            if is_base:
-                reference = kept
-            scores = tuple(score(text, result) for text, result in zip(texts, found, strict=True))
-            rows.append(
-                Row(
-                    title,
-                    is_base,
-                    nbytes,
-                    counted,
-                    per_weight,
-                    head is not None,
-                    scores,
-                    switch.experts,
-                    "" if cache is None else cache.name,
-                )
-            )
+            rows.append(measure(model, name, title, nbytes, switch, cache))
+        if split and number > 0 and base_parts(path, formats[number]):
+            with inputs_unrounded(model):
+                rows.append(measure(model, name, f"{name}: weights alone", nbytes, Switch(), None))
         del model
         gc.collect()
+        if split and number > 0:
+            rows += parts_on_base(number)
     return EvalReport(names[0] if based else None, dtype, texts, tuple(rows))
 
 

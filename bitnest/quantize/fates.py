@@ -17,6 +17,7 @@ import torch
 from bitnest.errors import RecipeError, TargetError
 from bitnest.expert_axes import ExpertAxes, expert_axes
 from bitnest.formats import AnyFormat, FateFormat
+from bitnest.formats.fates import parse_fate
 from bitnest.kinds import ENDS
 from bitnest.reduced import ReducedCheckpoint
 from bitnest.reduced_config import TOP_K, first_of
@@ -271,6 +272,28 @@ def check_engine_fates(job: Job, target: str) -> None:
             f"{target} cannot load "
             + (f"experts that are {other}" if other else "layers of unequal numbers of experts"),
             hint="drop as many experts of every layer, or plan for native",
+        )
+
+
+def check_candidates(names: Sequence[str], target: str, *, experts: bool) -> None:
+    """Refuse fates among candidates that no plan can have. names: of all formats. experts: whether
+    the model has any.
+
+    Raises:
+        RecipeError: a merger with an expert that is named, or fates that an engine cannot load.
+    """
+    fates = [fate for name in names if (fate := parse_fate(name)) is not None]
+    named = next((fate for fate in fates if fate.partner is not None), None)
+    if named is not None:
+        raise RecipeError(f"a candidate names no expert: whom {named.kind} suits best is measured",
+                          where=f"--candidate {named.name}",
+                          hint="--candidate merge, or --rule 'PATTERN=merge3'")  # fmt: skip
+    blocks_alone = not experts and all(fate.kind == "drop" for fate in fates)
+    if fates and target != "native" and not blocks_alone:
+        raise RecipeError(
+            f"{target} cannot load layers with unequal numbers of experts",
+            where=f"--candidate {fates[0].name}",
+            hint="--target native, or drop as many of every layer: --rule 'PATTERN=drop'",
         )
 
 

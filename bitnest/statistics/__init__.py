@@ -163,14 +163,14 @@ class Statistics:
         """The command that gives statistics of these formats: by adding those that are missing, if
         what that takes was kept, or else all anew."""
         kept = self.header["hessian"] != "full" or self.header["options"]["keep_hessians"]
-        kept = kept and not fates_apart(names)[1]
+        fates = fates_apart(names)[1]  # which --reuse cannot add
+        kept = kept and not fates
         wanted = [n for n in dict.fromkeys(names) if not kept or n not in self.formats]
         formats = " ".join(f"--format {name}" for name in wanted)
         if kept and self.formats:
             return f"bitnest analyze MODEL --reuse {self.path} {formats} -o DIR adds to them"
-        return (
-            f"bitnest analyze MODEL {formats} -o DIR, then --statistics DIR "
-            "(if it has --keep-hessians, --reuse can add more later)"
+        return f"bitnest analyze MODEL {formats} -o DIR, then --statistics DIR" + (
+            "" if fates else " (if it has --keep-hessians, --reuse can add more later)"
         )
 
     @cached_property

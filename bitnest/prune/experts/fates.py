@@ -3,7 +3,7 @@
     zero        the expert gives nothing, its gate is lost: what sensitivity's losses are held by
     drop        it and its router row are gone; taken in the order of `scores.elimination`, each the
                 error that it adds once those before it are gone, so that two experts that stand in
-                for each other are not both free
+                for each other are not both free. None where a router chooses among groups
     constant    it gives its mean output over the tokens that choose it
     copy        it gives what it reads
     merge       it and its partner become the mean of their weights, by how often each is chosen
@@ -82,8 +82,11 @@ def mean_output(probe: LayerProbe, expert: int) -> torch.Tensor:
 
 
 def _drops(probe: LayerProbe) -> list[float | None]:
-    """Added error of every expert along the order, None for those that must stay."""
+    """Added error of every expert along the order, None for those that must stay: all of them where
+    the router chooses among groups, of which no one may lose more rows than the others."""
     found: list[float | None] = [None] * probe.experts
+    if probe.groups > 1:
+        return found
     before = last = 0.0
     for expert, error in elimination(probe, probe.top_k):
         last = found[expert] = max(error - before, last)  # never cheaper than one that went before

@@ -49,7 +49,7 @@ from bitnest.quantize.allocation.planned import Planned, expected
 from bitnest.quantize.allocation.policies import POLICIES, Evidence
 from bitnest.quantize.allocation.problem import BudgetError
 from bitnest.quantize.compress import Job
-from bitnest.quantize.fates import Fates, Reducer, read_fates
+from bitnest.quantize.fates import Fates, Reducer, check_candidates, read_fates
 from bitnest.quantize.sizing import Assumed, Sizes, artifact_sizes
 from bitnest.recipe import PRUNERS, resolved, sized
 from bitnest.sites import Site
@@ -108,19 +108,13 @@ class Planner:
         self.weights = label_weights(self.labels, weights)
         self.known = {site.name: site for site in job.sites}
         check_sites(job, predictor)
+        check_candidates(formats or (), target.name, experts=bool(predictor.fates.last))
         coded, kinds = fates_apart(predictor.statistics.fates if formats is None else formats)
         if nesting is None:
             predictor.statistics.check_formats(kinds)
         native = target.name == "native" and nesting is None
         self.kinds = kinds if native else ()
         self.dropping = "drop" in kinds and nesting is None
-        blocks_alone = self.dropping and len(kinds) == 1 and not predictor.fates.last
-        if kinds and formats is not None and not native and not blocks_alone:
-            raise RecipeError(
-                f"{target.name} cannot load layers with unequal numbers of experts",
-                where=f"--candidate {kinds[0]}",
-                hint="--target native, or drop as many of every layer: --rule 'PATTERN=drop'",
-            )
         self.formats = coded or tuple(predictor.formats)
         if nesting is not None:
             self.formats = nesting.formats
