@@ -42,7 +42,9 @@ def command(
     console.print(
         f"\nbits/weight: everything stored, for a matrix of {size[0]} x {size[1]} (--shape)\n"
         "kernel: decodes; encoder: rounds to nearest, several times faster in C than in torch\n"
-        "any name of the grammar can be detailed: bitnest formats int3-g64-asym@rhad64+lqer16",
+        "any name of the grammar can be detailed: bitnest formats int3-g64-asym@rhad64+lqer16\n"
+        "inputs are rounded to others, such as int8-token, int6-g128, fp8-token, mxfp4: "
+        "compress --inputs",
         highlight=False,
     )
 

@@ -153,6 +153,15 @@ def parse_inputs(name: str) -> InputFormat:
     )  # fmt: skip
 
 
+def is_inputs(name: str) -> bool:
+    """Whether `name` is spelt as a format of inputs."""
+    try:
+        parse_inputs(name)
+    except FormatError:
+        return False
+    return True
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Weights and inputs of a name; None where it says nothing of inputs, `dense` where it leaves
     them alone.

@@ -222,6 +222,12 @@ def parse_base(text: str, whole: str = "") -> CoreFormat:
 
 def _hint(text: str) -> str:
     """What somebody who wrote `text` may have meant."""
+    from bitnest.formats.inputs import is_inputs  # which knows weights' names
+
+    if is_inputs(text):
+        return (
+            "that is a format of inputs: --inputs, or after a slash as in int8-channel/int8-token"
+        )
     lower = text.lower()
     known = dict(NEAREST)
     if ggml := re.fullmatch(r"(?:i?q|tq)(\d)_[0-9a-z_]+", lower):  # llama.cpp's names
