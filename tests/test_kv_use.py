@@ -171,7 +171,7 @@ def test_a_quantised_cache_is_served_by_generate_and_says_so(
     said: list[str] = []
     monkeypatch.setattr(run, "_run", lambda *_: None)
     run.run_server(model, tokenizer, model_name="m", port=0, kv=parse_kv("int4"), say=said.append)
-    assert any("int4-g64-w128" in line and "one request at a time" in line for line in said)
+    assert any("int4-g128-w128" in line and "one request at a time" in line for line in said)
     latent = load_model(tiny("deepseek_v2"))
     with pytest.raises(UnsupportedModel):
         make_backend("generate", latent, tokenizer, kv=parse_kv("int4"))
@@ -250,5 +250,5 @@ def test_vllm_is_told_of_fp8_only(tiny: Builder) -> None:
     assert _vllm_kv("none", "vllm") is None
     assert _vllm_kv(None, "vllm") is None
     assert _vllm_kv("int4", "bitnest") is None
-    with pytest.raises(TargetError, match="int8-g64-w128"):
+    with pytest.raises(TargetError, match="int8-g128-w128"):
         _vllm_kv("int8", "vllm")

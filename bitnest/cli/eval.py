@@ -46,7 +46,7 @@ def command(
     kv: list[str] = typer.Option(
         [],
         "--kv",
-        help="KV cache that the text goes through: fp8, int8, int4-g64-w128 ... or none, a row for "
+        help="KV cache that the text goes through: fp8, int8, int4-g128-w128 ... or none, a row for "
         "each (default: what the artifact asks for). One model alone is its own base.",
     ),
     window: int = typer.Option(256, "--window", min=2, help="Tokens per window."),

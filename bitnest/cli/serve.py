@@ -53,7 +53,7 @@ def command(
     kv: str = typer.Option(
         None,
         "--kv",
-        help="KV cache: fp8, int8, int4-g64-w128 ... or none (default: what the artifact asks "
+        help="KV cache: fp8, int8, int4-g128-w128 ... or none (default: what the artifact asks "
         "for). A quantised one is served by --backend generate; vllm takes fp8 and none.",
     ),
     max_pending: int = typer.Option(256, "--max-pending", help="Requests waiting before 503."),
