@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from bitnest.errors import DataError, FormatError, TargetError, UnsupportedModel
 from bitnest.eval.evaluate import evaluate
 from bitnest.formats.kv import parse_kv, recorded_kv
 from bitnest.packed import kv_cache
+from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.kv_cache import open_cache
 from bitnest.packed.loading import load_model, load_tokenizer
-from bitnest.quantize.sizing import cache_bytes
+from bitnest.quantize.compress import prepare
+from bitnest.quantize.sizing import artifact_sizes, cache_bytes
+from bitnest.recipe import Recipe
 from bitnest.recipe_file import parse_recipe
 from bitnest.serve.backend import Job, Update
 from bitnest.serve.backend_generate import GenerateBackend
@@ -90,6 +94,16 @@ def test_a_context_takes_less_room_in_a_small_cache(tiny: Builder) -> None:
     heads, width = config.num_key_value_heads, config.head_dim
     full = fmt.nbytes(128, heads, width, width)
     assert small == full + fmt.nbytes(128, heads, width, width, sliding=16)
+
+
+def test_plans_count_the_small_cache_and_the_record_of_it(tiny: Builder, artifact: Path) -> None:
+    job = prepare(open_checkpoint(tiny("qwen3")), Recipe(method="rtn", kv="int4-g8-w16"))
+    config, fmt = job.skeleton.model.config, parse_kv("int4-g8-w16")
+    assert artifact_sizes(job, job.formats, 100).cache == cache_bytes(config, 100, kv=fmt)
+    plain = replace(job, recipe=replace(job.recipe, kv=""))
+    assert artifact_sizes(plain, job.formats, 100).cache == cache_bytes(config, 100)
+    more = artifact_sizes(job, job.formats).artifact - artifact_sizes(plain, job.formats).artifact
+    assert more > 4 * len('"kv": "int4-g8-w16"')  # thrice in the manifest, and in config.json
 
 
 def test_evaluation_uses_what_the_artifact_asks_for(artifact: Path, text: Path) -> None:
