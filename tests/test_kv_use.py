@@ -257,9 +257,12 @@ def test_caches_that_engines_do_not_have_stay_behind(
     assert not (tmp_path / "w").exists()
 
 
-def test_vllm_is_told_of_fp8_only(tiny: Builder) -> None:
-    from bitnest.cli.serve import _vllm_kv
+def test_vllm_is_told_of_fp8_only(artifact: Path, floats: Path) -> None:
+    from bitnest.cli.serve import _left_behind, _vllm_kv
 
+    assert "int4-g8-w16" in str(_left_behind(artifact, None, "vllm-cuda"))
+    assert _left_behind(artifact, "none", "vllm-cuda") is None
+    assert _left_behind(floats, None, "vllm-cuda") is None
     assert _vllm_kv("fp8", "vllm") == "fp8"
     assert _vllm_kv("none", "vllm") is None
     assert _vllm_kv(None, "vllm") is None

@@ -99,6 +99,8 @@ def command(
         path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
         if engine == "vllm":
             flag = None if is_artifact(path) else flag  # an export says it itself
+            if lost := _left_behind(path, kv, vllm_for):
+                say(lost)
             path = _exported(path, vllm_for, cache_dir, kv)
     if engine == "vllm":
         from bitnest.serve.engine_vllm import serve_with_vllm
@@ -241,6 +243,22 @@ def _artifact(
 
     key = {**options, "lora": [[a.sha256, scale] for a, scale in open_adapters(lora)]}
     return cached_artifact(source, key if lora else options, build, root=cache_dir)
+
+
+def _left_behind(path: Path, kv: str | None, target: str) -> str | None:
+    """What to say of the KV cache that an artifact asks for and vLLM does not have."""
+    import json
+
+    from bitnest.artifact import Artifact, is_artifact
+    from bitnest.export.kv_scales import engine_reads
+    from bitnest.formats.kv import read_kv
+
+    if kv is not None or not is_artifact(path):
+        return None
+    fmt = read_kv(Artifact.open(path).manifest.get("kv"))
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    why = None if fmt is None else engine_reads(fmt, config, target)
+    return None if why is None else f"{why}: the cache stays in 16 bits"
 
 
 def _exported(path: Path, target: str, cache_dir: Path | None, kv: str | None) -> Path:
