@@ -5,8 +5,8 @@
 
 The first sends windows of text through a cache of each format, as `bitnest eval --kv` does, and
 prints perplexity, its change and KL against the 16-bit cache of the same model. The second fills
-caches by running random two-layer Llamas with heads of 64 and 128 channels in bfloat16 over 4,096
-and 16,384 tokens, and prints the bytes of all storages that the cache holds, beside those of
+caches by running random two-layer Llamas with heads of 64 and 128 channels in bfloat16 over 4,096,
+4,223 and 16,384 tokens, and prints the bytes of all storages that the cache holds, beside those of
 transformers' own; then the time of one more token's `update` of a layer, which dequantises it. The
 last line of stdout is one JSON object.
 """
@@ -23,10 +23,11 @@ from typing import Any
 from benchmarks.predicted_kl import machine
 
 FORMATS = (
-    "int8", "int8-w0", "fp8", "fp8_e5m2", "int4-g32", "int4", "int4-g128", "int4-w32", "int4-w0",
+    "int8", "int8-w0", "fp8", "fp8-w128", "fp8_e5m2", "int4", "int4-g64", "int4-g32", "int4-w32",
+    "int4-w0", "int4-g64-w0", "int4-g32-w0",
 )  # fmt: skip
-HELD = ("int8", "fp8", "int4-g32", "int4", "int4-g128", "int4-w0")
-CONTEXTS = (4096, 16384)
+HELD = ("int8", "fp8", "fp8-w128", "int4", "int4-g64", "int4-g32", "int4-w0")
+CONTEXTS = (4096, 4223, 16384)  # 4,223 is the worst: a group of 128 but for one token in the window
 CHUNK = 1024
 
 

@@ -8,7 +8,7 @@
     nested: 2-8                    widths to read weights at; base_size: 6GiB at their narrowest
     format: int4-g128              one format instead of a budget
     inputs: int8-token             what inputs are rounded to as the model runs
-    kv: int4-g64-w128              the KV cache that the artifact asks for
+    kv: int4-g128-w128             the KV cache that the artifact asks for
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
     fit: {method: gptq, damp: 0.03, weighting: gate, min_tokens: 256, clip: true}

@@ -16,8 +16,8 @@ from bitnest.kernels import kv
     [
         ("fp8", "fp8_e4m3"),
         ("fp8_e5m2-w16", "fp8_e5m2-w16"),
-        ("int4", "int4-g64-w128"),
-        ("int8-w0", "int8-g64-w0"),
+        ("int4", "int4-g128-w128"),
+        ("int8-w0", "int8-g128-w0"),
         ("int4-w32-g16", "int4-g16-w32"),
     ],
 )
@@ -50,7 +50,7 @@ def test_bytes_are_those_of_the_formula_by_hand(tokens: int) -> None:
     a_group = heads * keys * 4
     recent = (tokens - folded) * heads * (keys + values) * 2
     expected = folded * a_token + folded // 64 * a_group + recent
-    assert parse_kv("int4").nbytes(tokens, heads, keys, values) == expected
+    assert parse_kv("int4-g64").nbytes(tokens, heads, keys, values) == expected
 
 
 def test_sliding_layers_hold_no_more_than_their_window_and_a_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from bitnest.errors import DataError, FormatError, TargetError, UnsupportedModel
 from bitnest.eval.evaluate import evaluate
 from bitnest.formats.kv import parse_kv, recorded_kv
 from bitnest.packed import kv_cache
+from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.kv_cache import open_cache
 from bitnest.packed.loading import load_model, load_tokenizer
-from bitnest.quantize.sizing import cache_bytes
+from bitnest.quantize.compress import prepare
+from bitnest.quantize.sizing import artifact_sizes, cache_bytes
+from bitnest.recipe import Recipe
 from bitnest.recipe_file import parse_recipe
 from bitnest.serve.backend import Job, Update
 from bitnest.serve.backend_generate import GenerateBackend
@@ -90,6 +94,16 @@ def test_a_context_takes_less_room_in_a_small_cache(tiny: Builder) -> None:
     heads, width = config.num_key_value_heads, config.head_dim
     full = fmt.nbytes(128, heads, width, width)
     assert small == full + fmt.nbytes(128, heads, width, width, sliding=16)
+
+
+def test_plans_count_the_small_cache_and_the_record_of_it(tiny: Builder, artifact: Path) -> None:
+    job = prepare(open_checkpoint(tiny("qwen3")), Recipe(method="rtn", kv="int4-g8-w16"))
+    config, fmt = job.skeleton.model.config, parse_kv("int4-g8-w16")
+    assert artifact_sizes(job, job.formats, 100).cache == cache_bytes(config, 100, kv=fmt)
+    plain = replace(job, recipe=replace(job.recipe, kv=""))
+    assert artifact_sizes(plain, job.formats, 100).cache == cache_bytes(config, 100)
+    more = artifact_sizes(job, job.formats).artifact - artifact_sizes(plain, job.formats).artifact
+    assert more > 4 * len('"kv": "int4-g8-w16"')  # thrice in the manifest, and in config.json
 
 
 def test_evaluation_uses_what_the_artifact_asks_for(artifact: Path, text: Path) -> None:
@@ -171,7 +185,7 @@ def test_a_quantised_cache_is_served_by_generate_and_says_so(
     said: list[str] = []
     monkeypatch.setattr(run, "_run", lambda *_: None)
     run.run_server(model, tokenizer, model_name="m", port=0, kv=parse_kv("int4"), say=said.append)
-    assert any("int4-g64-w128" in line and "one request at a time" in line for line in said)
+    assert any("int4-g128-w128" in line and "one request at a time" in line for line in said)
     latent = load_model(tiny("deepseek_v2"))
     with pytest.raises(UnsupportedModel):
         make_backend("generate", latent, tokenizer, kv=parse_kv("int4"))
@@ -243,12 +257,15 @@ def test_caches_that_engines_do_not_have_stay_behind(
     assert not (tmp_path / "w").exists()
 
 
-def test_vllm_is_told_of_fp8_only(tiny: Builder) -> None:
-    from bitnest.cli.serve import _vllm_kv
+def test_vllm_is_told_of_fp8_only(artifact: Path, floats: Path) -> None:
+    from bitnest.cli.serve import _left_behind, _vllm_kv
 
+    assert "int4-g8-w16" in str(_left_behind(artifact, None, "vllm-cuda"))
+    assert _left_behind(artifact, "none", "vllm-cuda") is None
+    assert _left_behind(floats, None, "vllm-cuda") is None
     assert _vllm_kv("fp8", "vllm") == "fp8"
     assert _vllm_kv("none", "vllm") is None
     assert _vllm_kv(None, "vllm") is None
     assert _vllm_kv("int4", "bitnest") is None
-    with pytest.raises(TargetError, match="int8-g64-w128"):
+    with pytest.raises(TargetError, match="int8-g128-w128"):
         _vllm_kv("int8", "vllm")

@@ -54,7 +54,7 @@ def command(
     kv: str = typer.Option(
         None,
         "--kv",
-        help="KV cache that eval and serve use for the artifact: fp8, int8, int4-g64-w128, none.",
+        help="KV cache that eval and serve use for the artifact: fp8, int8, int4-g128-w128, none.",
     ),
     nested: str = dials.Nested,
     base_size: str = dials.BaseSize,

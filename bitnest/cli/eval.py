@@ -46,8 +46,8 @@ def command(
     kv: list[str] = typer.Option(
         [],
         "--kv",
-        help="KV cache that the text goes through: fp8, int8, int4-g64-w128 ... or none, a row for "
-        "each (default: what the artifact asks for). One model alone is its own base.",
+        help="KV cache that the text goes through: fp8, int8, int4-g128-w128 ... or none, a row "
+        "for each (default: what the artifact asks for). One model alone is its own base.",
     ),
     split: bool = typer.Option(
         False,

@@ -53,7 +53,7 @@ def command(
     kv: str = typer.Option(
         None,
         "--kv",
-        help="KV cache: fp8, int8, int4-g64-w128 ... or none (default: what the artifact asks "
+        help="KV cache: fp8, int8, int4-g128-w128 ... or none (default: what the artifact asks "
         "for). A quantised one is served by --backend generate; vllm takes fp8 and none.",
     ),
     max_pending: int = typer.Option(256, "--max-pending", help="Requests waiting before 503."),
@@ -99,6 +99,8 @@ def command(
         path = _artifact(model, options, dense, cache_dir, trust_remote_code, bars, say)
         if engine == "vllm":
             flag = None if is_artifact(path) else flag  # an export says it itself
+            if lost := _left_behind(path, kv, vllm_for):
+                say(lost)
             path = _exported(path, vllm_for, cache_dir, kv)
     if engine == "vllm":
         from bitnest.serve.engine_vllm import serve_with_vllm
@@ -241,6 +243,22 @@ def _artifact(
 
     key = {**options, "lora": [[a.sha256, scale] for a, scale in open_adapters(lora)]}
     return cached_artifact(source, key if lora else options, build, root=cache_dir)
+
+
+def _left_behind(path: Path, kv: str | None, target: str) -> str | None:
+    """What to say of the KV cache that an artifact asks for and vLLM does not have."""
+    import json
+
+    from bitnest.artifact import Artifact, is_artifact
+    from bitnest.export.kv_scales import engine_reads
+    from bitnest.formats.kv import read_kv
+
+    if kv is not None or not is_artifact(path):
+        return None
+    fmt = read_kv(Artifact.open(path).manifest.get("kv"))
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    why = None if fmt is None else engine_reads(fmt, config, target)
+    return None if why is None else f"{why}: the cache stays in 16 bits"
 
 
 def _exported(path: Path, target: str, cache_dir: Path | None, kv: str | None) -> Path:

@@ -2,7 +2,7 @@
 
     fp8 (fp8_e4m3), fp8_e5m2    8-bit floats, one scale per tensor: of a layer's keys, its values
     int8, int4                  integers with a scale and a lowest value
-      -gN                       tokens that share the scales of a key channel (default: 64)
+      -gN                       tokens that share the scales of a key channel (default: 128)
     -wN                         latest tokens kept in 16 bits (default: 128 of integers, 0 of fp8)
 
 Integers are asymmetric, x ~ low + scale q with q from 0 to 2^b - 1, scale and low in float16:
@@ -32,12 +32,12 @@ FLOATS = ("fp8_e4m3", "fp8_e5m2")
 INTEGERS = {"int8": 8, "int4": 4}
 ALIASES = {"fp8": "fp8_e4m3"}
 NONE = "none"  # the model's own 16-bit cache
-KV_GROUP = 64
+KV_GROUP = 128
 KV_WINDOW = 128
 SCALE_BYTES = 4  # a scale and a lowest value, float16
 GROUPS = (8, 1024)
 WINDOWS = (0, 1 << 20)
-HINT = "fp8, fp8_e5m2, int8 or int4, the integers with -g64 and all with -w128 behind"
+HINT = "fp8, fp8_e5m2, int8 or int4, the integers with -g128 and all with -w128 behind"
 
 
 @dataclass(frozen=True)
