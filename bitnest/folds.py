@@ -75,8 +75,9 @@ def parse_folds(asked: Iterable[str | Fold]) -> tuple[Fold, ...]:
 
 def describe(record: dict[str, Any]) -> list[str]:
     """Lines for a person on what an artifact's `source.folded` says."""
-    counts = ", ".join(f"{count} x {what}" for what, count in record.get("done", {}).items())
-    lines = [f"folded: {', '.join(record['asked'])} ({counts})"]
+    done = record.get("done", {})
+    lines = [f"folded: {', '.join(record['asked'])} ({sum(done.values())} edges)"]
+    lines += [f"  {count} x {what}" for what, count in done.items()]
     for what, count in record.get("skipped", {}).items():
         lines.append(f"  not folded: {count} x {what}")
     return lines

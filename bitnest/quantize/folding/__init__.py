@@ -4,7 +4,7 @@
 to quantise; `site_inputs` measures what every matrix reads. `bitnest compress --fold` uses both.
 """
 
-from bitnest.quantize.folding.fold import Folding, Skipped, fold_checkpoint, fold_view
+from bitnest.quantize.folding.fold import Folding, Skipped, fold_checkpoint, fold_view, skipped_of
 from bitnest.quantize.folding.statistics import measure_inputs, site_inputs
 from bitnest.quantize.folding.view import FoldedCheckpoint
 
@@ -16,4 +16,5 @@ __all__ = [
     "fold_view",
     "measure_inputs",
     "site_inputs",
+    "skipped_of",
 ]

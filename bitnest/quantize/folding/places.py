@@ -46,7 +46,7 @@ def scale_changes(
     s = s.double().cpu()
     found: Changes = {}
     if edge.offset is None:
-        _rows(found, block, edge.producer, lambda axis, full: Scale(axis, full), 1 / s)
+        _rows(found, block, edge.producer, Scale, 1 / s)
     else:
         s = _norm_changes(found, block, edge, s, stored)
     for matrix in edge.consumers:
@@ -67,7 +67,7 @@ def order_changes(block: nn.Module, edge: Edge, order: torch.Tensor) -> Changes 
         height = rows.matrix.view(block).shape[-2]
         index = torch.arange(height).expand(*order.shape[:-1], height).clone()
         index[..., rows.index] = rows.index[order]
-        _put_rows(found, block, rows, lambda axis, full: Order(axis, full), index)
+        _put_rows(found, block, rows, Order, index)
     columns = torch.stack([part for part in each if part is not None])
     columns = columns if order.dim() == 2 else columns[0]
     for matrix in edge.consumers:

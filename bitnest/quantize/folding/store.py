@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnest.quantize.folding.changes import Change, from_parts, to_parts
-from bitnest.safetensors_io import entry, read_header, read_tensor, write_file
+from bitnest.safetensors_io import Entry, entry, read_header, read_tensor, write_file
 from bitnest.workdir import sha256_file, write_text
 
 TENSORS, RECORD = "folds.safetensors", "folds.json"
@@ -26,7 +26,8 @@ def save(
     record: Mapping[str, Any],
 ) -> None:
     """Store changes by tensor, and what is said of them."""
-    entries, listed = [], []
+    entries: list[Entry] = []
+    listed: list[dict[str, Any]] = []
     for name in sorted(changes):
         for change in changes[name]:
             plain, tensors = to_parts(change)
