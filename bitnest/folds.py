@@ -80,6 +80,8 @@ def describe(record: dict[str, Any]) -> list[str]:
     lines += [f"  {count} x {what}" for what, count in done.items()]
     for what, count in record.get("skipped", {}).items():
         lines.append(f"  not folded: {count} x {what}")
+    if even := record.get("even"):
+        lines.append(f"  no scales at {even} edges: channels are as loud as each other there")
     return lines
 
 

@@ -378,14 +378,28 @@ def test_plan_is_refused(loud: Callable[..., Path], tmp_path: Path) -> None:
         api.compress(loud("llama"), tmp_path / "a", plan=tmp_path / "plan.yaml", fold=["permute"])
 
 
-def test_nothing_to_fold_is_an_error_that_leaves_nothing(
-    tiny: Builder, tmp_path: Path, text: Path
+def test_nothing_that_can_be_folded_is_an_error_that_leaves_nothing(
+    tiny: Builder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match="every scale is 1") as error:
+    monkeypatch.setattr(fold_module, "find_edges", lambda *_: [])
+    with pytest.raises(RecipeError, match="nothing can be folded by smooth=dgq") as error:
         api.compress(tiny("llama"), tmp_path / "a", format="int8-channel", fold=["smooth=dgq"],
                      data=[str(text)], **CALIBRATION)  # fmt: skip
     assert "smooth-all" in (error.value.hint or "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_even_channels_need_no_scales_and_that_is_said(
+    tiny: Builder, tmp_path: Path, text: Path
+) -> None:
+    said: list[str] = []
+    api.compress(tiny("llama"), tmp_path / "a", format="int8-channel", fold=["smooth=dgq"],
+                 data=[str(text)], advise=lambda a: said.append(a.text), **CALIBRATION)  # fmt: skip
+    assert said == ["no scales at 4 edges: channels are as loud as each other there"]
+    assert Artifact.open(tmp_path / "a").manifest["source"]["folded"]["even"] == 4
+
+
+def test_text_is_asked_for_where_it_is_needed(tiny: Builder) -> None:
     with pytest.raises(RecipeError, match="text"):
         fold_checkpoint(Checkpoint.open(tiny("llama")), ["permute"], None)
 

@@ -62,10 +62,12 @@ LISTED = 8  # edges named in a record of what was skipped
 
 @dataclass(frozen=True)
 class Folding:
-    """What is to be folded. folds: in order. text: None until it is read, or where none is."""
+    """What is to be folded. folds: in order. text: None until it is read, or where none is. powers:
+    scales are rounded to powers of two."""
 
     folds: tuple[Fold, ...]
     text: CalibrationSet | None = None
+    powers: bool = True
 
     @property
     def wants_text(self) -> bool:
@@ -86,19 +88,24 @@ class Folding:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Folds that could not be made. edges: kind and edge, with how often."""
+    """Folds that were not made. edges: those that could not be, with how often. even: edges whose
+    scales all came out as 1."""
 
     edges: dict[str, int]
+    even: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"not_folded": self.edges}
+        return {"not_folded": self.edges, "even": self.even}
 
     @property
     def text(self) -> str:
         """One sentence for a person."""
-        said = ", ".join(f"{what} ({count} times)" for what, count in self.edges.items())
-        return f"not folded, since it would not be exact here: {said}"
+        listed = ", ".join(f"{what} ({count} times)" for what, count in self.edges.items())
+        said = [f"not folded, since it would not be exact here: {listed}"] if listed else []
+        if self.even:
+            said.append(f"no scales at {self.even} edges: channels are as loud as each other there")
+        return "; ".join(said)
 
 
 def fold_checkpoint(
@@ -108,12 +115,15 @@ def fold_checkpoint(
     *,
     device: str | None = None,
     hidden: int | None = None,
+    powers: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FoldedCheckpoint:
     """`checkpoint` with folds in it; see `bitnest.folds` for their names.
 
     calibration: may be None for rotations alone. hidden: bytes of hidden states kept in memory.
+    powers: round scales to powers of two; without it they are the papers' own, and 16-bit tensors
+    are rounded anew (see `FoldedCheckpoint.keeping`).
 
     Raises:
         RecipeError: a fold spelt wrongly, no text where one is needed, nothing that can be folded.
@@ -122,10 +132,10 @@ def fold_checkpoint(
     asked = parse_folds(folds)
     view = FoldedCheckpoint.of(checkpoint, asked, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.build(view, trust_remote_code=trust_remote_code)
+    folding = Folding(asked, calibration, powers)
     return fold_view(
-        view, skeleton, Folding(asked, calibration), device=choose_device(device), hidden=hidden,
-        progress=progress,
-    )  # fmt: skip
+        view, skeleton, folding, device=choose_device(device), hidden=hidden, progress=progress
+    )
 
 
 @torch.no_grad()
@@ -149,11 +159,9 @@ def fold_view(
     work = _Folder(view, skeleton, folding, device, hidden, progress or Silent())
     work.rotate()
     work.smooth_and_permute()
-    if not work.changes:
+    if not work.changes and not work.even:
         names = ", ".join(str(fold) for fold in folding.folds)
         said = ", ".join(work.skipped) or "no norm or matrix has its channels to itself"
-        if work.even:
-            said = "channels are as loud as each other, every scale is 1"
         raise RecipeError(
             f"nothing can be folded by {names}: {said}",
             where=str(view.path),
@@ -164,8 +172,8 @@ def fold_view(
 
 def skipped_of(record: dict[str, Any]) -> Skipped | None:
     """What a record says was not folded, or None."""
-    edges = record.get("skipped") or {}
-    return Skipped(dict(edges)) if edges else None
+    edges, even = record.get("skipped") or {}, record.get("even", 0)
+    return Skipped(dict(edges), even) if edges or even else None
 
 
 @dataclass
@@ -195,6 +203,7 @@ class _Folder:
             "asked": [str(fold) for fold in self.folding.folds],
             "done": dict(sorted(self.done.items())),
             **({"skipped": listed} if listed else {}),
+            **({"even": self.even} if self.even else {}),
         }
         own = {name: tuple(changes) for name, changes in self.changes.items()}
         return replace(self.base, changes=own, record=record)
@@ -295,7 +304,7 @@ class _Folder:
         inner = edge.producer.matrix.module if inside_experts(block, edge) else None
         scale, smooth = None, None
         if fold is not None and (edge.offset is not None or fold.every):
-            scale = edge_scales(block, prefix, edge, inputs, fold)
+            scale = edge_scales(block, prefix, edge, inputs, fold, powers=self.folding.powers)
         if scale is not None and bool((scale == 1).all()):
             scale, self.even = None, self.even + 1
         if scale is not None:
