@@ -5,7 +5,7 @@
 Prints, for each way of folding: the time of the pass; the crest factor max|x| / rms(x) of what
 matrices read, geometric mean over sites, by place; and perplexity and KL to the unfolded 16-bit
 model where every linear and expert matrix is rounded to integers per output channel and its input
-per token, both symmetric and to nearest. `papers` are scales that are not rounded to powers of two.
+per token, both symmetric and to nearest.
 
 Simulated in float32. Left out: KV cache, static scales.
 """
@@ -35,8 +35,8 @@ from bitnest.quantize.folding import fold_checkpoint, site_inputs
 from bitnest.sites import find_sites, is_experts, is_linear
 from bitnest.skeleton import Skeleton
 
-WAYS = ("none", "smooth=0.5", "papers smooth=0.5", "smooth=0.8", "smooth=dgq", "smooth-all=0.5",
-        "papers smooth-all=0.5", "rotate=heads", "rotate", "rotate smooth-all=0.5")  # fmt: skip
+WAYS = ("none", "smooth=0.5", "smooth-free=0.5", "smooth=0.8", "smooth=dgq", "smooth-all=0.5",
+        "smooth-all-free=0.5", "rotate=heads", "rotate", "rotate smooth-all=0.5")  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -80,11 +80,10 @@ def measured(
     widths: Sequence[tuple[int, ...]],
 ) -> dict[str, Any]:
     """One way of folding."""
-    powers, folds = not way.startswith("papers"), way.removeprefix("papers ").split()
     started = time.perf_counter()
     view: Checkpoint = base
     if way != "none":
-        folded = fold_checkpoint(base, folds, text, powers=powers)
+        folded = fold_checkpoint(base, way.split(), text)
         skeleton = Skeleton.build(folded)
         packed = {n for s in find_sites(skeleton) if s.kind not in {"router", "embedding", "head"}
                   for n in skeleton.sources[s.path].names}  # fmt: skip

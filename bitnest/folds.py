@@ -3,6 +3,7 @@
     smooth=0.5      SmoothQuant with that exponent, where norms make channels
     smooth=dgq      DGQ's smoothing, there
     smooth-all=...  the same, and from v to o and from up to down too
+    smooth-free=... smooth-all-free=...    with scales as they are, not rounded to powers of two
     permute         channels from up to down, and inside heads from v to o, the loudest last
     rotate          Hadamard inside heads from v to o, and of the whole residual stream
     rotate=heads    inside heads only
@@ -19,17 +20,20 @@ from typing import Any
 from bitnest.errors import RecipeError
 
 KINDS = ("rotate", "smooth", "permute")  # in the order in which they are done
+SMOOTH = ("smooth", "smooth-all", "smooth-free", "smooth-all-free")
 HINT = "smooth=0.5, smooth=dgq, smooth-all=0.5, permute, rotate or rotate=heads"
 
 
 @dataclass(frozen=True)
 class Fold:
     """One fold. kind: one of KINDS. exponent: of smoothing; None for DGQ's. every: smoothing of all
-    edges, not of norms only. heads: rotation inside heads only."""
+    edges, not of norms only. free: by scales that are no powers of two. heads: rotation inside
+    heads only."""
 
     kind: str
     exponent: float | None = None
     every: bool = False
+    free: bool = False
     heads: bool = False
 
     @classmethod
@@ -40,9 +44,9 @@ class Fold:
             RecipeError: it is spelt otherwise, or an exponent that is not from 0 to 1.
         """
         word, equals, value = text.strip().partition("=")
-        if word in {"smooth", "smooth-all"} and equals:
+        if word in SMOOTH and equals:
             exponent = None if value == "dgq" else _exponent(value, text)
-            return cls("smooth", exponent, every=word == "smooth-all")
+            return cls("smooth", exponent, "all" in word, "free" in word)
         if word == "permute" and not equals:
             return cls("permute")
         if word == "rotate" and value == ("heads" if equals else ""):
@@ -52,7 +56,7 @@ class Fold:
     def __str__(self) -> str:
         if self.kind == "smooth":
             value = "dgq" if self.exponent is None else f"{self.exponent:g}"
-            return f"smooth{'-all' if self.every else ''}={value}"
+            return f"{SMOOTH[self.every + 2 * self.free]}={value}"
         return "rotate=heads" if self.heads else self.kind
 
 

@@ -30,7 +30,7 @@ from bitnest.folds import parse_folds
 from bitnest.packed.decoded import DecodedCheckpoint, open_checkpoint
 from bitnest.quantize.folding import FoldedCheckpoint, fold_checkpoint, site_inputs
 from bitnest.quantize.folding import fold as fold_module
-from bitnest.quantize.folding.changes import Order, Turn, Unmapped
+from bitnest.quantize.folding.changes import Order, Scale, Turn, Unmapped
 from bitnest.recipe_file import parse_recipe
 from bitnest.sites import find_sites
 from bitnest.skeleton import Skeleton
@@ -150,6 +150,18 @@ def test_norm_with_an_offset_is_exact_once_its_readers_are_not_rounded(
     assert packed.read(reader).dtype == torch.float32
     torch.testing.assert_close(packed.read(reader).double(), view.read_wide(reader))
     assert not torch.equal(view.read(reader).double(), view.read_wide(reader))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "qwen2_moe"])
+def test_free_scales_are_exact_up_to_what_dense_tensors_hold(
+    loud: Callable[..., Path], family: str
+) -> None:
+    view = folded(loud(family), "smooth-all-free=0.5", "permute")
+    factors = [c for own in view.changes.values() for c in own if isinstance(c, Scale)]
+    assert any(not c.exact for c in factors)
+    assert_same(view)
+    powers = folded(loud(family), "smooth-all=0.5", "permute")
+    assert view.sha256 != powers.sha256
 
 
 def test_every_expert_has_its_own_order_the_loudest_last(loud: Callable[..., Path]) -> None:
@@ -408,6 +420,8 @@ def test_folds_are_a_recipe_key(loud: Callable[..., Path], tmp_path: Path, text:
     assert parse_recipe("fold: [smooth=0.5, permute]\n") == {"fold": ["smooth=0.5", "permute"]}
     with pytest.raises(PlanError, match="unknown fold"):
         parse_recipe("fold: [smoth=0.5]\n")
+    for spelt in ("smooth=dgq", "smooth-all=0.5", "smooth-free=0.8", "smooth-all-free=dgq"):
+        assert [str(f) for f in parse_folds([spelt])] == [spelt]
     assert [str(f) for f in parse_folds(["permute", "smooth=0.50", "rotate"])] == [
         "rotate", "smooth=0.5", "permute",
     ]  # fmt: skip

@@ -80,7 +80,7 @@ def command(
         [],
         "--fold",
         help="Put into the weights first what keeps the function: smooth=0.5, smooth=dgq, "
-        "smooth-all=0.5, permute, rotate, rotate=heads; repeat it for several.",
+        "smooth-all=0.5, smooth-free=0.5, permute, rotate, rotate=heads; repeat it for several.",
     ),
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT: a glob, re:REGEX or kind:KIND. Later rules win."
@@ -251,6 +251,8 @@ def default_name(
         name += f"-{Path(recipe).stem}"
         if not NAMING & set(given):
             return name
+    if values.get("fold"):
+        name += "-folded"
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}{inputs}"
     if values["nested"]:

@@ -272,7 +272,13 @@ def _folded(
         advise(skipped)
     dense = set(dense_names(job))
     folded = folded.keeping(name for name in folded.tensors if name not in dense)
-    return replace(job, checkpoint=folded, skeleton=replace(job.skeleton, checkpoint=folded))
+    exact = all(change.exact for own in folded.changes.values() for change in own)
+    return replace(
+        job,
+        checkpoint=folded,
+        skeleton=replace(job.skeleton, checkpoint=folded),
+        compute=job.compute if exact else torch.float32,  # what 16 bit does not hold is not rounded
+    )
 
 
 class _Run:

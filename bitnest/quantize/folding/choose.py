@@ -5,9 +5,9 @@
     order        ascending by mean square, the loudest channels last
 
 Scales are rounded to powers of two (in the exponent), so that norms and weights stay exact in 16
-bit; neither paper does that [ours]. Where several columns read one channel (GQA), the largest of
-them counts. The rank in DGQ is read as place floor(0.005 I), from 0, in descending order [ours]. An
-expert that no token reached keeps its scales.
+bit; neither paper does that [ours]. A free fold leaves them as they are. Where several columns read
+one channel (GQA), the largest of them counts. The rank in DGQ is read as place floor(0.005 I), from
+0, in descending order [ours]. An expert that no token reached keeps its channels as they were.
 
 Papers: SmoothQuant (2211.10438), DGQ (2310.04836).
 """
@@ -29,12 +29,9 @@ DGQ_RANK = 0.005
 
 
 def edge_scales(
-    block: nn.Module, prefix: str, edge: Edge, inputs: Inputs, fold: Fold, *, powers: bool = True
+    block: nn.Module, prefix: str, edge: Edge, inputs: Inputs, fold: Fold
 ) -> torch.Tensor | None:
-    """Scales of producer channels, (C,) or (E, C) float64; None where nothing was read.
-
-    powers: round them to powers of two.
-    """
+    """Scales of producer channels, (C,) or (E, C) float64; None where nothing was read."""
     x = _statistic(block, prefix, edge, inputs, "absmax")
     if x is None:
         return None
@@ -44,7 +41,7 @@ def edge_scales(
     else:
         rows = [_scales(*pair, fold) for pair in zip(x, w, strict=True)]
         scale = torch.stack(rows)
-    return nearest_power_of_two(scale) if powers else scale
+    return scale if fold.free else nearest_power_of_two(scale)
 
 
 def edge_order(

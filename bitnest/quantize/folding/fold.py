@@ -62,12 +62,10 @@ LISTED = 8  # edges named in a record of what was skipped
 
 @dataclass(frozen=True)
 class Folding:
-    """What is to be folded. folds: in order. text: None until it is read, or where none is. powers:
-    scales are rounded to powers of two."""
+    """What is to be folded. folds: in order. text: None until it is read, or where none is."""
 
     folds: tuple[Fold, ...]
     text: CalibrationSet | None = None
-    powers: bool = True
 
     @property
     def wants_text(self) -> bool:
@@ -115,15 +113,12 @@ def fold_checkpoint(
     *,
     device: str | None = None,
     hidden: int | None = None,
-    powers: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FoldedCheckpoint:
     """`checkpoint` with folds in it; see `bitnest.folds` for their names.
 
     calibration: may be None for rotations alone. hidden: bytes of hidden states kept in memory.
-    powers: round scales to powers of two; without it they are the papers' own, and 16-bit tensors
-    are rounded anew (see `FoldedCheckpoint.keeping`).
 
     Raises:
         RecipeError: a fold spelt wrongly, no text where one is needed, nothing that can be folded.
@@ -132,7 +127,7 @@ def fold_checkpoint(
     asked = parse_folds(folds)
     view = FoldedCheckpoint.of(checkpoint, asked, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.build(view, trust_remote_code=trust_remote_code)
-    folding = Folding(asked, calibration, powers)
+    folding = Folding(asked, calibration)
     return fold_view(
         view, skeleton, folding, device=choose_device(device), hidden=hidden, progress=progress
     )
@@ -304,7 +299,7 @@ class _Folder:
         inner = edge.producer.matrix.module if inside_experts(block, edge) else None
         scale, smooth = None, None
         if fold is not None and (edge.offset is not None or fold.every):
-            scale = edge_scales(block, prefix, edge, inputs, fold, powers=self.folding.powers)
+            scale = edge_scales(block, prefix, edge, inputs, fold)
         if scale is not None and bool((scale == 1).all()):
             scale, self.even = None, self.even + 1
         if scale is not None:
