@@ -255,12 +255,13 @@ def resolved(
     length: int = DEFAULT_LENGTH,
     check: Sequence[str] = (),
     lora: Sequence[str] = (),
+    fold: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that was asked for with every default filled in, in the keys of a recipe file.
 
     dial: `budget: {...}`, `format: NAME` or `plan: DIGEST`; None: the recipe's one format.
     planning: target, policy, candidates, ends and exact. texts: calibration texts as they were
-    given; none means those of the statistics, or the embedded text. check, lora: as given.
+    given; none means those of the statistics, or the embedded text. check, lora, fold: as given.
     """
     fit = {key: getattr(recipe, key) for key in ("method", "damp", "weighting", "clip")}
     if recipe.min_tokens is not None:
@@ -276,6 +277,7 @@ def resolved(
     data = {"texts": list(texts), "samples": samples, "length": length, "seed": recipe.seed}
     return {
         **({"lora": list(lora)} if lora else {}),
+        **({"fold": list(fold)} if fold else {}),
         **({"format": recipe.format} if dial is None else dial),
         **({"inputs": recipe.inputs} if recipe.inputs else {}),
         **({"kv": recipe.kv} if recipe.kv else {}),

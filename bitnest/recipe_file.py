@@ -18,6 +18,7 @@
     data: {texts: [books=books.txt, code=code.jsonl], samples: 64, length: 512, seed: 0}
     check: [books=held-out.txt]    what a limit is measured on
     lora: [code-adapter:0.5]       merged in first
+    fold: [smooth=0.5, permute]    put into the weights after that, see bitnest/folds.py
 
 Every key may be left out. Options given on the command line win over it; a dial given there puts
 aside the recipe's with all that belongs to it (`left_behind`). Errors name the line.
@@ -33,6 +34,7 @@ from typing import Any
 import yaml
 
 from bitnest.errors import BitnestError, PlanError
+from bitnest.folds import Fold
 from bitnest.formats import parse_format
 from bitnest.formats.kv import read_kv
 from bitnest.patterns import matcher
@@ -128,6 +130,10 @@ def _width_weight(value: Any) -> str:
     return str(value)
 
 
+def _fold(value: Any) -> str:
+    return str(Fold.parse(_word(value)))
+
+
 def _fits(name: str, parse: Parse) -> Parse:
     """A value that a `Recipe` takes."""
 
@@ -182,10 +188,11 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
     "format": ("format", _format), "check": ("check", _word),
     "inputs": ("inputs", _fits("inputs", _word)),
-    "lora": ("lora", _word), "nested": ("nested", _widths), "base_size": ("base_size", _size),
+    "lora": ("lora", _word), "fold": ("fold", _fold),
+    "nested": ("nested", _widths), "base_size": ("base_size", _size),
     "kv": ("kv", _cache),
 }  # fmt: skip
-LISTS = {"candidates", "lora", "check", "data.texts", "fit.width_weights"}  # of such values
+LISTS = {"candidates", "lora", "fold", "check", "data.texts", "fit.width_weights"}  # of such values
 KEYS = (*SECTIONS, *PLAIN, "rules")
 DIALS = {"bits", "size", "max_kl", "min_agreement", "format", "group", "plan"}
 LIMITS = {"max_kl", "min_agreement"}  # what `check` belongs to

@@ -29,6 +29,7 @@ from bitnest.api.result import CompressResult, summarise
 from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
 from bitnest.artifact import is_artifact
 from bitnest.errors import RecipeError, StatisticsError
+from bitnest.folds import Fold, parse_folds
 from bitnest.formats import widths
 from bitnest.formats.inputs import parse_inputs, split_name, weights_of
 from bitnest.formats.kv import read_kv
@@ -51,6 +52,7 @@ from bitnest.statistics import Statistics, is_statistics
 from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
+    from bitnest.checkpoint import Checkpoint
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.advice import Advice
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
+    from bitnest.quantize.folding import Skipped
     from bitnest.quantize.preflight import Preflight
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,7 @@ def compress(
     check: Sequence[str] = (),
     method: str = "gptq",
     rules: Sequence[str] = (),
+    fold: Sequence[str] = (),
     data: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
@@ -108,7 +112,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     announce: Callable[[Planned | None, Preflight], None] | None = None,
-    advise: Callable[[Advice], None] | None = None,
+    advise: Callable[[Advice | Skipped], None] | None = None,
 ) -> CompressResult:
     """Compress `model` (directory, hub id or `demo`) into the artifact directory `out`. A nested
     artifact is read at its widest width, whose own error is added.
@@ -121,19 +125,19 @@ def compress(
     bytes that all weights may take when memory is least, begins at the one that this does. plan: a
     plan to carry out instead. policy, target, candidates, ends, exact: see `plan`. check: texts
     that max_kl and min_agreement are measured on. rules: PATTERN=FORMAT, later ones win; no plan
-    overrules them. data: calibration texts, `label=source`; none means those of the statistics, or
-    the embedded text. rtn reads no text unless a format is fitted to inputs. samples, length:
-    calibration windows and their tokens. weighting, damp, min_tokens, clip, seed: see `Recipe`.
-    width_weights: `3=4`, see there too; so are prune and static. inputs: what the inputs of packed
-    matrices are rounded to as the model runs (`formats/inputs`). kv: format of the KV cache, or
-    `none`: the artifact asks eval and serve for it, and a context is counted in it. memory: bytes
-    the process may use. compute: type samples are calibrated in, see `quantize.compress.prepare`.
-    statistics: what `analyze` wrote of this model; a budget without one measures
-    `<model>-statistics` first, a plan without one looks there for those it was made of. fresh:
-    forget an unfinished run instead of resuming it. announce: called with the plan, where one was
-    made, and what it will take, before it is carried out. advise: called early on if integers of
-    no more bytes turn out to lose less than a sparse format that was asked for; it is in the
-    result, too.
+    overrules them. fold: what is put into the weights first, see `bitnest.folds`. data: calibration
+    texts, `label=source`; none means those of the statistics, or the embedded text. rtn reads no
+    text unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
+    weighting, damp, min_tokens, clip, seed: see `Recipe`. width_weights: `3=4`, see there too; so
+    are prune and static. inputs: what the inputs of packed matrices are rounded to as the model
+    runs (`formats/inputs`). kv: format of the KV cache, or `none`: the artifact asks eval and serve
+    for it, and a context is counted in it. memory: bytes the process may use. compute: type samples
+    are calibrated in, see `quantize.compress.prepare`. statistics: what `analyze` wrote of this
+    model; a budget without one measures `<model>-statistics` first, a plan without one looks there
+    for those it was made of. fresh: forget an unfinished run instead of resuming it. announce:
+    called with the plan, where one was made, and what it will take, before it is carried out.
+    advise: called early on if integers of no more bytes turn out to lose less than a sparse format
+    that was asked for, which is in the result, too; and of folds that could not be made.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -182,18 +186,22 @@ def compress(
     uniform = _uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
+    folds = parse_folds(fold)
+    _check_folds(folds, uniform, statistics, nesting)
     place = Path(statistics or default_statistics(model, lora))
     if uniform is None and plan is None:
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
-        open_checkpoint(model, lora, trust_remote_code=trust_remote_code), recipe,
+        folding(open_checkpoint(model, lora, trust_remote_code=trust_remote_code), folds,
+                trust_remote_code), recipe,
         trust_remote_code=trust_remote_code, device=device, memory=memory, compute=compute,
     )  # fmt: skip
     if cache is not None:
         from bitnest.packed.kv_cache import check_family
 
         check_family(job.skeleton.model.config)
+    job = with_folding(job, folds)
     measuring: dict[str, Any] = {
         "lora": lora, "data": data, "samples": samples, "length": length, "method": method,
         "weighting": weighting, "damp": damp, "min_tokens": min_tokens, "clip": clip, "seed": seed,
@@ -206,6 +214,7 @@ def compress(
         check_prune(recipe, [*(f.name for f in job.formats.values()), *plan_formats(plan)])
     given: dict[str, Any] = {
         "texts": data, "samples": samples, "length": length, "check": check, "lora": lora,
+        "fold": [str(f) for f in folds],
     }  # fmt: skip
     before: list[Preflight] = []
 
@@ -407,6 +416,62 @@ def check_texts(texts: Sequence[str]) -> None:
         next(iter(load_texts(parse_source(text).source)), None)
 
 
+def folding(checkpoint: Checkpoint, folds: Sequence[Fold], trust: bool) -> Checkpoint:
+    """The checkpoint, as a view that folds can be put into if any are asked for."""
+    if not folds:
+        return checkpoint
+    from bitnest.quantize.folding import FoldedCheckpoint
+
+    return FoldedCheckpoint.of(checkpoint, folds, trust_remote_code=trust)
+
+
+def with_folding(job: Job, folds: Sequence[Fold]) -> Job:
+    """The job with what is to be folded.
+
+    Raises:
+        RecipeError: experts or blocks are to go as well.
+    """
+    from bitnest.formats import FateFormat
+    from bitnest.quantize.folding import Folding
+
+    if not folds:
+        return job
+    if any(isinstance(fmt, FateFormat) for fmt in job.formats.values()):
+        raise RecipeError("--fold and experts that are dropped, replaced or merged do not go "
+                          "together yet", hint="bitnest prune first, then compress what it "
+                          "wrote with --fold")  # fmt: skip
+    return replace(job, folding=Folding(tuple(folds)))
+
+
+def _check_folds(
+    folds: Sequence[Fold],
+    uniform: str | None,
+    statistics: str | Path | None,
+    nesting: Nesting | None,
+) -> None:
+    """Refuse folds beside losses that were measured without them.
+
+    Raises:
+        RecipeError: a budget, a plan, statistics, or widths that are planned.
+    """
+    if not folds:
+        return
+    said = None
+    if uniform is None:
+        said = "a budget or a plan"
+    elif nesting is not None:
+        said = "--nested"
+    elif statistics is not None:
+        said = "--statistics"
+    if said is not None:
+        raise RecipeError(
+            f"--fold does not go with {said} yet: losses are measured on weights that are not "
+            "folded",
+            hint="one format for all, --format int8-channel --fold smooth=0.5, and --rule for "
+            "exceptions",
+        )
+
+
 def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:
     """Refuse several answers to one question.
 
@@ -505,7 +570,7 @@ class Maker:
         fresh: bool,
         trust_remote_code: bool,
         progress: Progress | None,
-        advise: Callable[[Advice], None] | None = None,
+        advise: Callable[[Advice | Skipped], None] | None = None,
         lora: Sequence[str] = (),
     ) -> None:
         self.advise, self.lora = advise, lora
@@ -558,6 +623,7 @@ class Maker:
         named: statistics that were found rather than named need not know every format.
         """
         from bitnest.quantize.compress import run, with_expectation
+        from bitnest.quantize.folding import Skipped
 
         if statistics is not None:
             from bitnest.calibrate.expect import expect
@@ -576,8 +642,9 @@ class Maker:
             ready(job)
         said: list[Advice] = []
 
-        def advise(advice: Advice) -> None:
-            said.append(advice)
+        def advise(advice: Advice | Skipped) -> None:
+            if not isinstance(advice, Skipped):
+                said.append(advice)  # what was not folded, the manifest says
             if self.advise is not None:
                 self.advise(advice)
 
@@ -593,7 +660,10 @@ class Maker:
         planned."""
         from bitnest.quantize.compress import wants_calibration, with_calibration
 
-        if job.calibration is None and (force or wants_calibration(job)):
+        fold = job.folding
+        blind = fold is not None and fold.wants_text and fold.text is None
+        wanted = job.calibration is None and (force or wants_calibration(job))
+        if wanted or blind:
             check_length(job.skeleton.model.config, self.length)
             chosen = sources(self.data)
             if statistics is not None and not self.data:
@@ -603,7 +673,10 @@ class Maker:
             tokenizer = load_tokenizer(job.checkpoint.path, trust_remote_code=self.trust)
             found = calibration_set(tokenizer, chosen, self.samples, self.length, job.recipe.seed)
             check_vocabulary(job.skeleton.model, found, job.checkpoint)
-            job = with_calibration(job, found)
+            if wanted:
+                job = with_calibration(job, found)
+            if fold is not None and blind:
+                job = replace(job, folding=replace(fold, text=found))
         if job.expected is not None and job.calibration is not None:
             job.expected.check_text(job.calibration)
         return job

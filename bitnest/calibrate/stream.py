@@ -89,6 +89,11 @@ class Stream:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def call(self, layer: int, samples: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What block `layer` is called with after its hidden states, for a batch of `samples`."""
+        call = self._calls[samples][layer]
+        return call.args, call.kwargs
+
     def forward_checked(self, layer: int, part: slice) -> torch.Tensor:
         """`forward` on some of the stored samples.
 

@@ -76,6 +76,12 @@ def command(
         help="Text that --max-kl and --min-agreement are measured on (default: that of --data).",
     ),
     method: str = typer.Option("gptq", "--method", help="gptq or rtn."),
+    fold: list[str] = typer.Option(
+        [],
+        "--fold",
+        help="Put into the weights first what keeps the function: smooth=0.5, smooth=dgq, "
+        "smooth-all=0.5, smooth-free=0.5, permute, rotate, rotate=heads; repeat it for several.",
+    ),
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT: a glob, re:REGEX or kind:KIND. Later rules win."
     ),
@@ -143,7 +149,7 @@ def command(
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "data": data,
         "samples": samples, "length": length, "weighting": weighting, "damp": damp,
         "min_tokens": min_tokens, "clip": clip, "width_weights": width_weight, "seed": seed,
-        "memory": parse_size(memory), "compute": compute, "statistics": statistics,
+        "memory": parse_size(memory), "compute": compute, "statistics": statistics, "fold": fold,
     }  # fmt: skip
     given: set[str] = set()
     if recipe is not None:
@@ -181,7 +187,8 @@ def command(
         from bitnest.plan import Plan
 
         known = known or plan_statistics(Plan.read(values["plan"]), model, values["lora"])
-    if not values["data"] and not known and values["method"] != "rtn" and not quiet:
+    blind = values["method"] == "rtn" and not values["fold"]
+    if not values["data"] and not known and not blind and not quiet:
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     if not quiet:
         dials.remark_nested(model)
@@ -193,7 +200,7 @@ def command(
             trust_remote_code=trust_remote_code, progress=bars,
             announce=None if quiet else announce, advise=None if quiet else advise,
         )  # fmt: skip
-    if values["data"] and not result.calibrated and not quiet:
+    if values["data"] and not result.calibrated and not values["fold"] and not quiet:
         say("rounding to nearest reads no text: --data was not used")
     if values["method"] == "rtn" and not quiet:
         _warn_without_compiler(device)
@@ -244,6 +251,8 @@ def default_name(
         name += f"-{Path(recipe).stem}"
         if not NAMING & set(given):
             return name
+    if values.get("fold"):
+        name += "-folded"
     if values["plan"] is not None:
         return f"{name}-{Path(values['plan']).stem}{inputs}"
     if values["nested"]:

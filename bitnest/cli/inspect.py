@@ -72,6 +72,11 @@ def _print(found: dict[str, Any], every: bool) -> None:
     typer.echo(f"architecture: {found['architecture']}")
     for adapter in found.get("source", {}).get("merged", []):
         typer.echo(f"merged: {adapter['adapter']} x {adapter['scale']:g}")
+    if folded := found.get("source", {}).get("folded"):
+        from bitnest.folds import describe
+
+        for line in describe(folded):
+            typer.echo(line)
     for line in _reduced(found.get("source", {}).get("reduced")):
         typer.echo(line)
     if "verified" in found:

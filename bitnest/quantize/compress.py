@@ -46,6 +46,8 @@ from bitnest.progress import Progress, Silent
 from bitnest.quantize.advice import Advice, Witness
 from bitnest.quantize.block import BlockSolver, Solved
 from bitnest.quantize.ends import check_ends, end_tensors, head_moment, slice_rows
+from bitnest.quantize.folding import FoldedCheckpoint, Folding, Skipped, fold_view, skipped_of
+from bitnest.quantize.folding.store import load, save
 from bitnest.quantize.memory import Budget, release
 from bitnest.quantize.solve import Options, needs_statistics
 from bitnest.recipe import Recipe, resolved
@@ -71,6 +73,7 @@ class Job:
     and the solver are float32 always. expected: what statistics predict, for the manifest. plan:
     that the recipe's rules come from. asked: the resolved recipe, None for that of `recipe` alone.
     inputs: what inputs are rounded to, of sites that round them.
+    folding: what is folded into the weights first; the checkpoint is a view for it then.
     """
 
     checkpoint: Checkpoint
@@ -86,6 +89,7 @@ class Job:
     plan: Plan | None = None
     asked: Mapping[str, Any] | None = None
     inputs: Mapping[str, InputFormat] = field(default_factory=dict)
+    folding: Folding | None = None
 
     @property
     def itemsize(self) -> int:
@@ -182,7 +186,7 @@ def run(
     *,
     fresh: bool = False,
     progress: Progress | None = None,
-    advise: Callable[[Advice], None] | None = None,
+    advise: Callable[[Advice | Skipped], None] | None = None,
 ) -> tuple[Artifact, float]:
     """Carry out `job` into the directory `out`; returns the artifact and the seconds it took.
 
@@ -198,6 +202,8 @@ def run(
     progress = progress or Silent()
     budget = Budget.plan(job.skeleton, job.sites, job.memory)
     check_ends(job.packed_ends, job.formats, budget)
+    if job.folding is not None:
+        Budget.check_folding(job.skeleton, job.memory)
     progress.phase("checking weights", job.checkpoint.nbytes)
     source_hash = job.checkpoint.scan(progress.step)
     if job.expected is not None and job.expected.source != source_hash:
@@ -222,6 +228,7 @@ def run(
     try:
         finished = writer.begin(fresh=fresh)
         with _deterministic():
+            job = _folded(job, writer.state, fingerprint, budget, progress, advise)
             _Run(job, writer, budget, progress, advise).blocks(finished)
         progress.phase("writing dense tensors", 1)
         artifact = writer.finish(
@@ -236,6 +243,42 @@ def run(
     finally:
         writer.close()
     return artifact, time.monotonic() - started
+
+
+def _folded(
+    job: Job,
+    state: Path,
+    fingerprint: dict[str, Any],
+    budget: Budget,
+    progress: Progress,
+    advise: Callable[[Advice | Skipped], None] | None,
+) -> Job:
+    """The job with its folds, chosen now or by the run that this one resumes. state: where they are
+    kept until the artifact is whole. Packed tensors are handed on as exact as they are."""
+    if job.folding is None:
+        return job
+    view = job.checkpoint
+    assert isinstance(view, FoldedCheckpoint)
+    key = job.folding.key(fingerprint)
+    known = load(state, key)
+    if known is None:
+        folded = fold_view(view, job.skeleton, job.folding, device=job.device,
+                           hidden=budget.hidden, progress=progress)  # fmt: skip
+        save(state, key, folded.changes, folded.record)
+    else:
+        folded = replace(view, changes=known[0], record=known[1])
+    skipped = skipped_of(dict(folded.record))
+    if skipped is not None and advise is not None:
+        advise(skipped)
+    dense = set(dense_names(job))
+    folded = folded.keeping(name for name in folded.tensors if name not in dense)
+    exact = all(change.exact for own in folded.changes.values() for change in own)
+    return replace(
+        job,
+        checkpoint=folded,
+        skeleton=replace(job.skeleton, checkpoint=folded),
+        compute=job.compute if exact else torch.float32,  # what 16 bit does not hold is not rounded
+    )
 
 
 class _Run:
@@ -529,6 +572,7 @@ def _fingerprint(job: Job, source_hash: str) -> dict[str, Any]:
     calibration, expected = job.calibration, job.expected
     return {
         **({} if expected is None else {"statistics": expected.statistics}),
+        **({} if job.folding is None else {"fold": job.folding.to_json()}),
         "source": source_hash,
         "config": job.checkpoint.config,
         "recipe": _brief(job.recipe),

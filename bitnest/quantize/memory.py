@@ -17,6 +17,7 @@ from bitnest.sites import ENDS, Site
 from bitnest.skeleton import Skeleton
 
 WORKING_COPIES = 10  # arrays of the size of a matrix or Hessian alive at once while solving
+FOLDING_COPIES = 3  # of a float32 block beside it while folds are proven: one in float64, changes
 FLOAT = 4
 WORK = 32 << 20  # bytes for one chunk of experts without --memory: batches that fit caches
 ENDS_WORK = 256 << 20  # bytes for one slice of embedding or head, at most
@@ -71,6 +72,23 @@ class Budget:
             min(ENDS_WORK, max(spare - square, 0)),
             spare,
         )
+
+    @staticmethod
+    def check_folding(skeleton: Skeleton, memory: int | None) -> None:
+        """Refuse to prove folds, in float64, in less memory than that takes.
+
+        Raises:
+            RecipeError: it is too little.
+        """
+        block = max(sum(p.numel() for p in block.parameters()) * FLOAT for block in skeleton.blocks)
+        need = resident_bytes() + (1 + FOLDING_COPIES) * block
+        if memory is not None and memory < need:
+            raise RecipeError(
+                f"--memory {_size(memory)} is too little for --fold: one block and its proof in "
+                f"float64 need {_size(need)}",
+                hint=f"--memory {math.ceil(10 * need / 2**30) / 10 + 0.1:.1f}GiB or more, or leave "
+                "out --fold",
+            )
 
     def expert_chunk(self, sites: Sequence[Site]) -> int:
         """How many experts of a layer are solved at once."""

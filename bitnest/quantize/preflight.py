@@ -34,7 +34,7 @@ import torch
 from bitnest.errors import RecipeError
 from bitnest.formats import AnyFormat, DenseFormat, widths
 from bitnest.quantize.compress import Job
-from bitnest.quantize.memory import WORK, WORKING_COPIES, resident_bytes
+from bitnest.quantize.memory import FOLDING_COPIES, WORK, WORKING_COPIES, resident_bytes
 from bitnest.quantize.sizing import Sizes, cache_bytes
 from bitnest.reduced_config import TOP_K, first_of
 
@@ -292,6 +292,8 @@ def peak_memory(job: Job, samples: int, length: int) -> int:
     tallest = max(site.numel for site in job.sites if site.layer < len(blocks))
     work = max(WORK, WORKING_COPIES * 4 * (widest**2 + tallest))
     routed = hidden if any(site.expert is not None for site in job.sites) else 0
+    if job.folding is not None:
+        work += FOLDING_COPIES * block  # proven in float64
     batch = (
         4
         * 2048

@@ -73,15 +73,21 @@ def _block_parts(
     block: nn.Module, call: Call, width: int
 ) -> tuple[nn.Module, list[Edge], list[Matrix]]:
     with in_float64(block):
-        watch = Watch(block, lambda: call(block))
-        edges = [edge for edge in norm_edges(watch) if edge.width == width]
-        targets = [edge.producer.matrix.module for edge in edges] + [""]
-        adders = []
-        for name, matrix in watch.matrices.items():
-            if watch.heights.get(name) == width and _adds(watch, name, targets):
-                experts = is_experts(block.get_submodule(name))
-                adders.append(Matrix(name, "down_proj") if experts else matrix)
-    return block, edges, adders
+        return (block, *stream_edges(block, call, width))
+
+
+def stream_edges(block: nn.Module, call: Call, width: int) -> tuple[list[Edge], list[Matrix]]:
+    """Norms that read the stream in a block, and the matrices that add to it. To be called inside
+    `in_float64`. width: of the stream."""
+    watch = Watch(block, lambda: call(block))
+    edges = [edge for edge in norm_edges(watch) if edge.width == width]
+    targets = [edge.producer.matrix.module for edge in edges] + [""]
+    adders = []
+    for name, matrix in watch.matrices.items():
+        if watch.heights.get(name) == width and _adds(watch, name, targets):
+            experts = is_experts(block.get_submodule(name))
+            adders.append(Matrix(name, "down_proj") if experts else matrix)
+    return edges, adders
 
 
 def _tail_parts(
