@@ -4,7 +4,7 @@
     smooth=dgq      DGQ's smoothing, there
     smooth-all=...  the same, and from v to o and from up to down too
     smooth-free=... smooth-all-free=...    with scales as they are, not rounded to powers of two
-    permute         channels from up to down, and inside heads from v to o, the loudest last
+    permute         channels from up to down, and inside heads from v to o, the loudest first
     rotate          Hadamard inside heads from v to o, and of the whole residual stream
     rotate=heads    inside heads only
 

@@ -2,7 +2,7 @@
 
     SmoothQuant  s_j = max|x_j|^a / max|w_j|^(1-a)
     DGQ          s_j = max(1, max|x_j| / b),  b the channel maximum at the 0.5 % rank
-    order        ascending by mean square, the loudest channels last
+    order        descending by mean square, the loudest channels first
 
 Scales are rounded to powers of two (in the exponent), so that norms and weights stay exact in 16
 bit; neither paper does that [ours]. A free fold leaves them as they are. Where several columns read
@@ -57,7 +57,7 @@ def edge_order(
     if scale is not None:
         energy = energy / scale.square()
     rows = energy if energy.dim() == 2 else energy[None]
-    orders = torch.stack([by_energy_within(-row, edge.span).order for row in rows])
+    orders = torch.stack([by_energy_within(row, edge.span).order for row in rows])
     return orders if energy.dim() == 2 else orders[0]
 
 
