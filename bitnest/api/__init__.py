@@ -208,7 +208,8 @@ def analyze(
     candidates = tuple(parse_formats(formats, data=True)) if formats else ()
     analysis = Analysis(
         candidates, importance, fisher_windows, 0 if importance == "none" else probes,
-        probe_windows, hessian, keep_hessians, fates, tuple(dict.fromkeys(map(parse_inputs, inputs))),
+        probe_windows, hessian, keep_hessians, fates,
+        tuple(dict.fromkeys(map(parse_inputs, inputs))),
     )  # fmt: skip
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,

@@ -84,8 +84,8 @@ class Analysis:
     of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
     of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
     store them. fates: of experts, whose errors are measured (`prune/experts/fates`); with drop
-    among them whole blocks are measured too (`prune/block_fates`). inputs: candidate formats of what
-    matrices read (`input_errors`).
+    among them whole blocks are measured too (`prune/block_fates`). inputs: candidate formats of
+    what matrices read (`input_errors`).
     """
 
     formats: tuple[PackedFormat, ...]

@@ -1,4 +1,4 @@
-"""What rounding the inputs of every matrix would cost, measured as candidate formats of weights are.
+"""What rounding the inputs of every matrix would cost, measured as formats of weights are.
 
 With x what a matrix W reads, e = x - Q(x) rounded in the basis that W is stored in, and f_d the
 Fisher of its output rows on dataset d (`fisher`), nats per token of the dataset:
@@ -6,14 +6,15 @@ Fisher of its output rows on dataset d (`fisher`), nats per token of the dataset
     loss_d = 1/2 sum_r f_dr E_d[(W e)_r^2]
 
 the expectation over the tokens of d that reach the matrix. That is the K-FAC diagonal that weights
-are measured by (`sensitivity`), with W E[e e^T] W^T in place of dW H dW^T; e goes through W token by
-token, so no moment of e is kept. As there, every expert is taken to have had PRIOR_TOKENS more
+are measured by (`sensitivity`), with W E[e e^T] W^T in place of dW H dW^T; e goes through W token
+by token, so no moment of e is kept. As there, every expert is taken to have had PRIOR_TOKENS more
 tokens that mind an error as much as the layer's do on average; what those lose is the mean over
 datasets, for an expert that few tokens reached drawn to the mean of its layer's experts [ours].
 
-e depends on W's format by its basis alone. Rotations need no data; @perm puts channels in descending
-order of energy, one order for every tensor that is read, unweighted where `compress` weighs tokens
-by their gates. Scales of @awq are not known before weights are solved: that basis is left out.
+e depends on W's format by its basis alone. Rotations need no data; @perm puts channels in
+descending order of energy, one order for every tensor that is read, unweighted where `compress`
+weighs tokens by their gates. Scales of @awq are not known before weights are solved: that basis is
+left out.
 Static scales are fitted to the windows that are measured on, in a pass of their own.
 
 A block's windows pass through it once more, through its 16-bit weights: every matrix is measured
@@ -118,9 +119,9 @@ class InputErrors:
         self.tokens[site.name][self.label] += errors.shape[2]
         return x
 
-    def scored(self, sites: Sequence[Site], fisher: Fisher | None, observer: Observer) -> dict[
-        str, InputScored
-    ]:
+    def scored(
+        self, sites: Sequence[Site], fisher: Fisher | None, observer: Observer
+    ) -> dict[str, InputScored]:
         """Errors and losses of the block's sites; a site that nothing reached has none."""
         pooled = {site.name: self._pooled(site) for site in sites}
         groups: dict[tuple[str, str], list[Site]] = {}

@@ -60,7 +60,9 @@ class InputLosses:
         place = (self.statistics.bases.index(basis), self.statistics.inputs.index(inputs))
         return np.asarray(self._losses[(self._number[site], *place)])
 
-    def chosen(self, weights: Mapping[str, str], inputs: Mapping[str, str]) -> dict[int, np.ndarray]:
+    def chosen(
+        self, weights: Mapping[str, str], inputs: Mapping[str, str]
+    ) -> dict[int, np.ndarray]:
         """Losses (L,) by number of the site. weights, inputs: formats by site.
 
         Raises:

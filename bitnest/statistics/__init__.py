@@ -26,11 +26,11 @@ model without them (`prune/block_fates`). They are of one run: a merger has none
 Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
 machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
 exceptions: absmax is a maximum, traces are joined, weights' own figures are the same in both, and
-what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, what inputs lose too, which is an
-approximation and said so in the header. Parts must be of one model, one set of options and one
-compute type, and no window of text may occur in two of them: it would count double. Windows are
-compared by checksum, so text that was cut into other windows is not recognised. Length and seed may
-differ; the merger's are null then.
+what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, and so is what
+inputs lose, which is an approximation and said so in the header. Parts must be of one model, one
+set of options and one compute type, and no window of text may occur in two of them: it would count
+double. Windows are compared by checksum, so text that was cut into other windows is not recognised.
+Length and seed may differ; the merger's are null then.
 
 `open` holds the header against SCHEMA, against itself and against the tensors' shapes, `verify`
 every byte against its checksum; whatever computes new results from statistics (`merge`, `extend`,

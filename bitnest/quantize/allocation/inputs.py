@@ -78,8 +78,10 @@ class InputDials:
                 hint="--input-time 0.8: of the time with every input at its widest",
             )
         if self.time is not None and self.latency is None:
-            raise RecipeError("--input-time without measured latencies",
-                              hint="python -m benchmarks.input_latency -o FILE, and --latency FILE")  # fmt: skip
+            raise RecipeError(
+                "--input-time without measured latencies",
+                hint="python -m benchmarks.input_latency -o FILE, and --latency FILE",
+            )
 
     @classmethod
     def of(
@@ -101,13 +103,13 @@ class InputDials:
         return len(self.formats) > 1
 
     def to_json(self) -> dict[str, Any]:
-        """What was given, as plans and recipes keep it."""
-        found: dict[str, Any] = {"inputs": list(self.formats)}
-        if self.bits is not None:
-            found["input_bits"] = self.bits
-        if self.time is not None:
-            found["input_time"] = self.time
-        return found
+        """What was given, as plans keep it."""
+        return {"inputs": list(self.formats), **self.budget()}
+
+    def budget(self) -> dict[str, float]:
+        """The budget, as plans and recipes keep it."""
+        found = {"input_bits": self.bits, "input_time": self.time}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,9 @@ def build_inputs(
     known = np.array(predictor.known)
     place = {site.name: i for i, site in enumerate(predictor.sites)}
     sites = [site for site in predictor.sites if may_round(site, weights)]
-    names = tuple(dict.fromkeys([*dials.formats, *(fixed[s.name] for s in sites if s.name in fixed)]))
+    names = tuple(
+        dict.fromkeys([*dials.formats, *(fixed[s.name] for s in sites if s.name in fixed)])
+    )
     groups = shared_groups(predictor.statistics, sites, fixed, apart=apart)
     shares = token_shares(predictor.statistics)
     losses = np.full((len(groups), len(names), int(known.sum())), np.inf)

@@ -91,7 +91,8 @@ def evaluated_inputs(planner: Planner, found: Planned, plan: Plan) -> Planned:
     grounds = build_inputs(
         planner.predictor, weights, InputDials(()), base, found.choice, chosen, apart=True
     )
-    return counted(found, planned_inputs(grounds, base, found.choice, grounds.solve()))
+    planned = counted(found, planned_inputs(grounds, base, found.choice, grounds.solve()))
+    return replace(planned, sizes=planner.sizes_of(found.menu.plan(found.choice), None, chosen))
 
 
 def counted(found: Planned, chosen: PlannedInputs) -> Planned:

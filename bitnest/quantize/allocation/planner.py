@@ -37,6 +37,7 @@ from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.inputs import InputDials
+from bitnest.quantize.allocation.joint import add_inputs, evaluated_inputs, with_inputs
 from bitnest.quantize.allocation.menu import (
     FATE,
     Menu,
@@ -45,7 +46,6 @@ from bitnest.quantize.allocation.menu import (
     with_fates,
     without_block,
 )
-from bitnest.quantize.allocation.joint import add_inputs, evaluated_inputs, with_inputs
 from bitnest.quantize.allocation.nesting import Nesting
 from bitnest.quantize.allocation.objective import Background, with_weights
 from bitnest.quantize.allocation.planned import Planned, expected
