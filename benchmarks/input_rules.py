@@ -223,7 +223,8 @@ def measured(
         )
         sys.stderr.write(f"{part}, {rule}: {time.monotonic() - started:.0f} s\n")
         missing[key] = out
-        known |= evaluate(args, {key: out}, second)
+    if missing:
+        known |= evaluate(args, missing, second)
         file.write_text(json.dumps(known))
     for row in rows:
         values = known[row["key"]]

@@ -129,7 +129,7 @@ def command(
             "--points": (points is not None, frontier, "--frontier --points 20"),
             "--latency": (
                 latency is not None,
-                policy == "mxmoe" or compare or input_time is not None or check is not None,
+                policy == "mxmoe" or compare or input_time is not None,
                 "--policy mxmoe --latency FILE, or --input-time 0.8 --latency FILE",
             ),
         },

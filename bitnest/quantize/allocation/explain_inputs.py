@@ -65,7 +65,7 @@ def explain_inputs(planned: Planned, pattern: str) -> list[InputExplanation]:
         lines = [
             InputLine(
                 menu.formats[p], float(menu.bits[i, p] / max(1, menu.numel[i])),
-                float(problem.loss[i, p]), float(above[p]), p == choice[i],
+                float(problem.loss[i, p]), float(above[p]), bool(p == choice[i]),
             )
             for p in np.argsort(menu.bits[i], kind="stable") if menu.allowed[i, p]
         ]  # fmt: skip

@@ -18,6 +18,7 @@ from bitnest.patterns import Names
 from bitnest.plan import Plan
 from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.inputs import (
+    DENSE_BITS,
     InputDials,
     PlannedInputs,
     build_inputs,
@@ -88,10 +89,13 @@ def evaluated_inputs(planner: Planner, found: Planned, plan: Plan) -> Planned:
     except StatisticsError as error:
         raise StatisticsError(error.what, where=plan.where, hint=error.hint) from error
     base = found.evidence.objective
+    names = tuple(dict.fromkeys([*chosen.values(), *planner.predictor.statistics.inputs]))
+    dials = InputDials(names, bits=float(DENSE_BITS) if len(names) > 1 else None)
     grounds = build_inputs(
-        planner.predictor, weights, InputDials(()), base, found.choice, chosen, apart=True
-    )
-    planned = counted(found, planned_inputs(grounds, base, found.choice, grounds.solve()))
+        planner.predictor, weights, dials, base, found.choice, {}, apart=True
+    )  # fmt: skip
+    choice = grounds.menu.choice(chosen)
+    planned = counted(found, planned_inputs(grounds, base, found.choice, choice))
     return replace(planned, sizes=planner.sizes_of(found.menu.plan(found.choice), None, chosen))
 
 
