@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from bitnest.errors import FormatError, PlanError, RecipeError
+from bitnest.formats.inputs import split_name
 from bitnest.formats.names import parse_widths
 from bitnest.patterns import Names, fold, matcher
 from bitnest.recipe import PRUNERS, Rule, check_format
@@ -46,10 +47,14 @@ KEYS: dict[str, type] = {
 POLICIES = (
     "bitnest", "uniform", "handmade", "frequency", "moqa", "mcmoe", "baq", "mxmoe", "lpvit",
 )  # fmt: skip
-ASKED = ("bits", "size", "kl", "max_kl", "min_agreement", "context", "nested", "base_size")
+ASKED = (
+    "bits", "size", "kl", "max_kl", "min_agreement", "context", "nested", "base_size",
+    "inputs", "input_bits", "input_time",
+)  # fmt: skip
 HEAD = """\
 # A bitnest plan: the number format of every weight. Rules are read in order and the last one that
-# matches decides; {0,3-5} is any of these numbers; sites without a rule stay dense.
+# matches decides; {0,3-5} is any of these numbers; sites without a rule stay dense. After a slash:
+# what the matrix' inputs are rounded to as the model runs.
 # Edit it, then: bitnest plan MODEL --check FILE, bitnest compress MODEL --plan FILE
 """
 
@@ -93,7 +98,7 @@ class Plan:
         number = self.deciding(site)
         if number < 0 or not self.lines:
             return self.where or site.name
-        said = self.rules[number].format == fmt
+        said = self.rules[number].weights == fmt
         return f"{self.where}:{self.lines[number]}" if said else site.name
 
     @property
@@ -108,7 +113,7 @@ class Plan:
         return "edited" if self.edited else "solved" if self.digest else "unknown"
 
     def formats(self, sites: Sequence[Site]) -> dict[str, str]:
-        """Format name of every site.
+        """Format name of every site's weight.
 
         Raises:
             RecipeError: a rule that matches no site.
@@ -124,7 +129,16 @@ class Plan:
                     where=f"{self.where}{line}",
                     hint="is the plan of another model? bitnest inspect MODEL --sites lists names",
                 )
-            chosen.update(dict.fromkeys(hits, rule.format))
+            chosen.update(dict.fromkeys(hits, rule.weights))
+        return chosen
+
+    def inputs(self, sites: Sequence[Site]) -> dict[str, str]:
+        """What inputs are rounded to, of sites of which a rule says it."""
+        names = Names(sites)
+        chosen: dict[str, str] = {}
+        for rule in self.rules:
+            if rule.inputs is not None:
+                chosen.update(dict.fromkeys(names.matching(rule.pattern), rule.inputs))
         return chosen
 
     def summary(self) -> dict[str, Any]:
@@ -233,10 +247,23 @@ def _check_value(key: str, value: Any, node: yaml.Node, where: str) -> None:
         if name not in ASKED:
             raise broken(f"unknown dial '{name}' in 'asked'", node, where,
                          "known: " + ", ".join(ASKED))  # fmt: skip
-        if name == "nested":
+        if name == "inputs":
+            _check_inputs(number, node, where)
+        elif name == "nested":
             _check_widths(number, node, where)
         elif isinstance(number, bool) or not isinstance(number, int | float):
             raise broken(f"'asked.{name}' must be a number, not {number!r}", node, where)
+
+
+def _check_inputs(value: Any, node: yaml.Node, where: str) -> None:
+    names = value if isinstance(value, list) else []
+    if not names or any(not isinstance(name, str) for name in names):
+        raise broken("'asked.inputs' must be a list of formats of inputs", node, where)
+    try:
+        for name in names:
+            split_name(f"dense/{name}")
+    except FormatError as error:
+        raise broken(f"'asked.inputs': {error.what}", node, where, error.hint) from error
 
 
 def _check_widths(value: Any, node: yaml.Node, where: str) -> None:

@@ -7,7 +7,10 @@
     ends: true                     plan embedding and head
     nested: 2-8                    widths to read weights at; base_size: 6GiB at their narrowest
     format: int4-g128              one format instead of a budget
-    inputs: int8-token             what inputs are rounded to as the model runs
+    inputs: int8-token             what inputs are rounded to as the model runs; of a list every
+                                   matrix gets one, by budget: {input_bits: 6.4} or {input_time:
+                                   0.8}, beside bits, size or a format; latency: FILE.json for
+                                   the latter
     kv: int4-g128-w128             the KV cache that the artifact asks for
     rules:                         no plan overrules them; the last match decides
     - kind:attention: int8-g128
@@ -36,6 +39,7 @@ import yaml
 from bitnest.errors import BitnestError, PlanError
 from bitnest.folds import Fold
 from bitnest.formats import parse_format
+from bitnest.formats.inputs import split_name
 from bitnest.formats.kv import read_kv
 from bitnest.patterns import matcher
 from bitnest.plan import POLICIES
@@ -116,6 +120,15 @@ def _cache(value: Any) -> str:
     return str(value)
 
 
+def _inputs(value: Any) -> str | list[str]:
+    names = [_word(name) for name in (value if isinstance(value, list) else [value])]
+    if not names:
+        raise ValueError("a format of inputs, or a list of them")
+    for name in names:
+        split_name(f"dense/{name}")
+    return names if isinstance(value, list) else names[0]
+
+
 def _widths(value: Any) -> str:
     from bitnest.formats.names import parse_widths
 
@@ -170,6 +183,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Parse]]] = {
     "budget": {
         "bits": ("bits", _width), "size": ("size", _size), "max_kl": ("max_kl", _limit),
         "min_agreement": ("min_agreement", _share), "context": ("context", _whole),
+        "input_bits": ("input_bits", _width), "input_time": ("input_time", _limit),
     },
     "fit": {
         "method": ("method", _fits("method", _word)), "damp": ("damp", _fits("damp", _number)),
@@ -187,7 +201,7 @@ PLAIN: dict[str, tuple[str, Parse]] = {
     "target": ("target", _one_of(TARGETS)), "policy": ("policy", _one_of(POLICIES)),
     "candidates": ("candidates", _format), "ends": ("ends", _flag), "exact": ("exact", _flag),
     "format": ("format", _format), "check": ("check", _word),
-    "inputs": ("inputs", _fits("inputs", _word)),
+    "inputs": ("inputs", _inputs), "latency": ("latency", _word),
     "lora": ("lora", _word), "fold": ("fold", _fold),
     "nested": ("nested", _widths), "base_size": ("base_size", _size),
     "kv": ("kv", _cache),
@@ -229,6 +243,11 @@ def read_recipe(path: str | Path, *, skip: Collection[str] = ()) -> dict[str, An
 def left_behind(given: Collection[str]) -> set[str]:
     """What a recipe says in vain once the options `given` win over it: its dial beside another, the
     cache without a size, the text of a limit without one, planning where nothing is planned."""
+    gone = {"input_bits", "input_time", "latency"} if "inputs" in given else set()
+    return gone | _dials_behind(given)
+
+
+def _dials_behind(given: Collection[str]) -> set[str]:
     dials = DIALS & set(given)
     if "nested" in given:
         return {"format", "plan", "candidates", "target"} | (set(DIALS) if dials else set())

@@ -41,6 +41,7 @@ from bitnest.errors import ArtifactError, RecipeError
 from bitnest.export.pulling import pull
 from bitnest.export.slicing import slice_artifact
 from bitnest.formats import fates_apart
+from bitnest.formats.inputs import parse_inputs
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
 from bitnest.recipe import DEFAULT_LENGTH, DEFAULT_SAMPLES, PRUNERS, Recipe
@@ -154,6 +155,7 @@ def analyze(
     length: int = DEFAULT_LENGTH,
     pack: str = "join",
     formats: Sequence[str] = CANDIDATES,
+    inputs: Sequence[str] = (),
     method: str = "gptq",
     importance: str = "kl",
     fisher_windows: int = 24,
@@ -183,6 +185,7 @@ def analyze(
     data: `label=source`, any number; none means the embedded text. formats: candidates whose error
     and loss are measured at every site, with `method`, and `prune` where they are sparse;
     `drop`, `constant`, `copy` and `merge` among them are fates of experts, `drop` of blocks too.
+    inputs: candidate formats of what matrices read, whose loss is measured likewise.
     importance, fisher_windows, probes, probe_windows, hessian, keep_hessians: see
     `calibrate.analyze.Analysis`; without importance there is nothing to calibrate, and no probe is
     measured. cover: `data` or `self` adds up to cover_limit windows until every expert has
@@ -206,6 +209,7 @@ def analyze(
     analysis = Analysis(
         candidates, importance, fisher_windows, 0 if importance == "none" else probes,
         probe_windows, hessian, keep_hessians, fates,
+        tuple(dict.fromkeys(map(parse_inputs, inputs))),
     )  # fmt: skip
     recipe = Recipe(
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
@@ -232,10 +236,10 @@ def analyze(
             )  # fmt: skip
     target = Path(out).absolute()
     if reuse is not None:
-        if fates:
+        if fates or inputs:
             raise RecipeError(
-                f"--reuse runs no model, and {fates[0]} is measured on one",
-                hint=f"bitnest analyze MODEL --format {fates[0]} -o DIR, anew",
+                f"--reuse runs no model, and {(*fates, *inputs)[0]} is measured on one",
+                hint="bitnest analyze MODEL -o DIR with all that is wanted, anew",
             )
         from bitnest.calibrate.extend import extend as add
         from bitnest.statistics import Statistics
@@ -365,7 +369,7 @@ def _inspect_statistics(path: Path, verify: bool) -> dict[str, Any]:
 
     statistics = Statistics.open(path)
     kept = ("architecture", "model", "source", "labels", "data", "length", "formats", "hessian",
-            "importance", "merged", "seconds")  # fmt: skip
+            "importance", "inputs", "merged", "seconds")  # fmt: skip
     content = {
         "path": str(path),
         "kind": "statistics",

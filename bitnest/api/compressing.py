@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnest.api.input_planning import asked_inputs
 from bitnest.api.planning import (
     Dials,
     check_measured,
@@ -31,7 +32,7 @@ from bitnest.artifact import is_artifact
 from bitnest.errors import RecipeError, StatisticsError
 from bitnest.folds import Fold, parse_folds
 from bitnest.formats import widths
-from bitnest.formats.inputs import parse_inputs, split_name, weights_of
+from bitnest.formats.inputs import DENSE, parse_inputs, split_name, weights_of
 from bitnest.formats.kv import read_kv
 from bitnest.packed.decoded import open_checkpoint
 from bitnest.packed.loading import load_tokenizer
@@ -100,7 +101,10 @@ def compress(
     clip: bool = True,
     width_weights: Sequence[str] = (),
     prune: str = PRUNERS[0],
-    inputs: str | None = None,
+    inputs: str | Sequence[str] | None = None,
+    input_bits: float | None = None,
+    input_time: float | None = None,
+    latency: Mapping[str, float] | None = None,
     static: str = STATIC[0],
     kv: str | None = None,
     seed: int = 0,
@@ -130,14 +134,16 @@ def compress(
     text unless a format is fitted to inputs. samples, length: calibration windows and their tokens.
     weighting, damp, min_tokens, clip, seed: see `Recipe`. width_weights: `3=4`, see there too; so
     are prune and static. inputs: what the inputs of packed matrices are rounded to as the model
-    runs (`formats/inputs`). kv: format of the KV cache, or `none`: the artifact asks eval and serve
-    for it, and a context is counted in it. memory: bytes the process may use. compute: type samples
-    are calibrated in, see `quantize.compress.prepare`. statistics: what `analyze` wrote of this
-    model; a budget without one measures `<model>-statistics` first, a plan without one looks there
-    for those it was made of. fresh: forget an unfinished run instead of resuming it. announce:
-    called with the plan, where one was made, and what it will take, before it is carried out.
-    advise: called early on if integers of no more bytes turn out to lose less than a sparse format
-    that was asked for, which is in the result, too; and of folds that could not be made.
+    runs (`formats/inputs`); of several every matrix gets one, by input_bits, input_time and latency
+    (`quantize/allocation/inputs`). kv: format of the KV cache, or `none`: the artifact asks eval
+    and serve for it, and a context is counted in it. memory: bytes the process may use. compute:
+    type samples are calibrated in, see `quantize.compress.prepare`. statistics: what `analyze`
+    wrote of this model; a budget without one measures `<model>-statistics` first, a plan without
+    one looks there for those it was made of. fresh: forget an unfinished run instead of resuming
+    it. announce: called with the plan, where one was made, and what it will take, before it is
+    carried out. advise: called early on if integers of no more bytes turn out to lose less than a
+    sparse format that was asked for, which is in the result, too; and of folds that could not be
+    made.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -148,8 +154,15 @@ def compress(
     from bitnest.quantize.sizing import artifact_sizes
 
     check_policy(policy, candidates)
-    format, inputs = with_inputs(format, inputs)
     dials = Dials(bits, size, max_kl, min_agreement, context)
+    one, wide = asked_inputs(
+        inputs, input_bits, input_time, latency,
+        {"--plan": plan is not None, "--nested": nested is not None, "--max-kl": dials.measured,
+         "--target": target != "native", "--base-size": base_size is not None},
+    )  # fmt: skip
+    format, inputs = with_inputs(format, one)
+    if inputs is not None and wide is not None:
+        raise RecipeError(f"--format .../{inputs} already says inputs", hint="leave out --inputs")
     nesting = None
     if nested is not None and (format is not None or plan is not None):
         raise RecipeError("--nested already says every width",
@@ -187,9 +200,9 @@ def compress(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
     folds = parse_folds(fold)
-    _check_folds(folds, uniform, statistics, nesting)
+    _check_folds(folds, uniform, statistics, nesting, wide is not None)
     place = Path(statistics or default_statistics(model, lora))
-    if uniform is None and plan is None:
+    if plan is None and (uniform is None or wide is not None):
         check_method(model, place, method)
     recipe = replace(recipe, format=uniform or "dense")
     job = prepare(
@@ -227,7 +240,7 @@ def compress(
         if announce is not None:
             announce(None, before[0])
 
-    if uniform is not None or plan is not None:
+    if (uniform is not None and wide is None) or plan is not None:
         if plan is None:
             job = replace(job, asked=resolved(recipe, **given))
             if nesting is not None and method != "rtn":
@@ -259,18 +272,25 @@ def compress(
         "ends": dials.bits is None if ends is None else ends, "exact": exact,
         **({} if nesting is None else nesting.to_json()),
     }  # fmt: skip
-    asked = resolved(recipe, {"budget": dials.to_json()}, planning=planning, **given)
+    dial: dict[str, Any] | None = {"budget": dials.to_json()}
+    if uniform is not None:
+        dial, planning, candidates = None, {"format": uniform}, (uniform,)
+    if wide is not None:
+        planning = {**planning, "inputs": list(wide.formats)}
+        dial = {"budget": wide.budget() if dial is None else {**dial["budget"], **wide.budget()}}
+    asked = resolved(recipe, dial, planning=planning, **given)
     job = replace(job, asked=asked)
     planner = open_planner(
         model, statistics, job=job, target=target, candidates=candidates, ends=ends, exact=exact,
-        budget=dials.budget(), checked=True, nesting=nesting, **measuring,
+        budget=None if uniform is not None else dials.budget(), checked=True, nesting=nesting,
+        inputs=wide, **measuring,
     )  # fmt: skip
-    if nesting is None:
+    if nesting is None and uniform is None:
         job = replace(job, asked={**asked, "candidates": list(planner.formats)})
     planner.job = job
     planner.predictor.statistics.check_prune(prune, planner.formats)
     check_prune(recipe, [*planner.formats, *(f.name for f in job.formats.values())])
-    found = first_plan(planner, dials, policy)
+    found = first_plan(planner, dials, policy) if uniform is None else planner.fixed()
     forecast = estimate(job, planner.formats_of(found.plan), found.sizes, samples=samples,
                         length=length, out=maker.out)  # fmt: skip
     check_memory(forecast, memory)
@@ -296,7 +316,7 @@ def with_inputs(format: str | None, inputs: str | None) -> tuple[str | None, str
     if format is None or "/" not in format:
         return format, inputs
     weights, said = split_name(format)
-    if inputs is not None and said != inputs:
+    if inputs is not None and said != parse_inputs(inputs).name:
         raise RecipeError(f"--format {format} already says inputs", hint="leave out --inputs")
     return weights, said
 
@@ -351,7 +371,7 @@ def check_prune(recipe: Recipe, formats: Sequence[str]) -> None:
 
 def plan_formats(plan: str | Path | Plan | None) -> list[str]:
     """Formats that a plan names."""
-    return [] if plan is None else [rule.format for rule in _opened(plan).rules]
+    return [] if plan is None else [rule.weights for rule in _opened(plan).rules]
 
 
 def plan_statistics(plan: Plan, model: str | Path, lora: Sequence[str] = ()) -> Path | None:
@@ -448,8 +468,10 @@ def _check_folds(
     uniform: str | None,
     statistics: str | Path | None,
     nesting: Nesting | None,
+    inputs: bool,
 ) -> None:
-    """Refuse folds beside losses that were measured without them.
+    """Refuse folds beside losses that were measured without them. inputs: whether their widths are
+    to be planned.
 
     Raises:
         RecipeError: a budget, a plan, statistics, or widths that are planned.
@@ -461,6 +483,8 @@ def _check_folds(
         said = "a budget or a plan"
     elif nesting is not None:
         said = "--nested"
+    elif inputs:
+        said = "--input-bits or --input-time"
     elif statistics is not None:
         said = "--statistics"
     if said is not None:
@@ -605,6 +629,9 @@ class Maker:
         if statistics is not None and named:
             check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
         overruled = any(job.formats[name].name != weights_of(fmt) for name, fmt in before.items())
+        said = {name: fmt for name, fmt in plan.inputs(job.sites).items() if fmt != DENSE}
+        now = {name: fmt.name for name, fmt in inputs.items()}
+        overruled = overruled or any(now.get(name) != fmt for name, fmt in said.items())
         job = replace(job, plan=replace(plan, overruled=overruled))
         return self.carry_out(job, statistics, out, ready=ready, named=named)
 
@@ -630,7 +657,9 @@ class Maker:
 
             try:
                 recipe = job.recipe
-                found = expect(statistics, job.formats, recipe.method, recipe.prune)
+                found = expect(
+                    statistics, job.formats, recipe.method, recipe.prune, job.inputs
+                )  # fmt: skip
                 job = with_expectation(job, found)
             except StatisticsError as error:
                 if named:

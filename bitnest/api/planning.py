@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnest.api.input_planning import asked_inputs, measured_inputs
 from bitnest.checkpoint import resolve_model
 from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
 from bitnest.kinds import ENDS
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.budget import Budget
     from bitnest.quantize.allocation.frontier import Frontier
+    from bitnest.quantize.allocation.inputs import InputDials
     from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
@@ -124,6 +126,10 @@ def plan(
     nested: str | None = None,
     group: int | None = None,
     base_size: int | None = None,
+    format: str | None = None,
+    inputs: str | Sequence[str] = (),
+    input_bits: float | None = None,
+    input_time: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     **analysis: Any,
@@ -138,7 +144,10 @@ def plan(
     head too; None: with a size or KL. weights: of the texts. latency: seconds per weight by format,
     for policy mxmoe. exact: prove the optimum. nested: widths, `2-8`, that weights can be read at;
     each gets its narrowest by base_size, the bytes all weights may take when memory is least, and
-    its widest by the budget. group: of nested weights.
+    its widest by the budget. group: of nested weights. format: one for all weights; several inputs
+    are chosen for it. inputs, input_bits, input_time: formats that inputs are rounded to and their
+    budget (`quantize/allocation/inputs`); latency has seconds per multiply-accumulate by
+    WEIGHTS/INPUTS for it.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -146,14 +155,48 @@ def plan(
     check_policy(policy, candidates)
     nesting = open_nesting(nested, group, base_size, target, candidates)
     dials = Dials(bits, size, max_kl, min_agreement, context)
+    pairs = None if input_time is None else latency
+    barred = {"--nested": nesting is not None, "--max-kl": dials.measured,
+              "--target": target != "native"}  # fmt: skip
+    one, wide = asked_inputs(inputs, input_bits, input_time, pairs, barred)
+    if one is not None:
+        from bitnest.quantize.allocation.inputs import InputDials
+
+        wide = InputDials.of([one])
+    if format is not None:
+        check_fixed(dials, candidates, policy, wide)
+        planner = open_planner(
+            model, statistics, lora=lora, format=format, rules=rules, candidates=(format,),
+            ends=ends, weights=weights, exact=exact, trust_remote_code=trust_remote_code,
+            progress=progress, inputs=wide, **analysis,
+        )  # fmt: skip
+        return planner.fixed()
     if not dials.given:
         dials = Dials(bits=float(nesting.widths[-1]) if nesting else 4.0, context=context)
     planner = open_planner(
         model, statistics, lora=lora, target=target, rules=rules, candidates=candidates, ends=ends,
         weights=weights, latency=latency, exact=exact, trust_remote_code=trust_remote_code,
-        progress=progress, budget=dials.budget(), nesting=nesting, **analysis,
+        progress=progress, budget=dials.budget(), nesting=nesting, inputs=wide, **analysis,
     )  # fmt: skip
     return planner.plan(dials.budget(), policy)
+
+
+def check_fixed(
+    dials: Dials, candidates: Sequence[str], policy: str, inputs: InputDials | None
+) -> None:
+    """Refuse one format for all weights with anything that would choose others, or nothing to plan.
+
+    Raises:
+        RecipeError: see above.
+    """
+    if dials.given or candidates or policy != "bitnest":
+        raise RecipeError("--format already says every weight",
+                          hint="leave out the dial, --candidate and --policy")  # fmt: skip
+    if inputs is None:
+        raise RecipeError(
+            "one format for all leaves nothing to plan",
+            hint="--inputs int6-g128 --inputs int8-g128 --input-bits 6.4 plans what inputs get",
+        )
 
 
 def open_nesting(
@@ -227,12 +270,14 @@ def open_planner(
     budget: Budget | None = None,
     checked: bool = False,
     nesting: Nesting | None = None,
+    inputs: InputDials | None = None,
+    format: str = "dense",
     **analysis: Any,
 ) -> Planner:
     """A planner over the statistics of `model`; see `plan`. job: of the model, if there is one.
     budget: refused before anything is measured if it cannot be met. checked: read the weights, and
     refuse statistics of others; without it names and shapes are compared. nesting: formats are what
-    it says.
+    it says. inputs: what is asked of inputs. format: of weights that are not planned.
 
     Raises:
         BitnestError: before work starts for whatever can be known then.
@@ -248,7 +293,7 @@ def open_planner(
     from bitnest.quantize.memory import Budget as Memory
 
     if job is None:
-        recipe = Recipe(format="dense", rules=tuple(Rule.parse(rule) for rule in rules))
+        recipe = Recipe(format=format, rules=tuple(Rule.parse(rule) for rule in rules))
         checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
         job = prepare(checkpoint, recipe, trust_remote_code=trust_remote_code)
     goal = open_target(target, job.checkpoint.config)
@@ -267,6 +312,7 @@ def open_planner(
         asked = (*(_names(candidates) or measured.formats), *ruled_formats)
         anew = f"; or rename {measured.path}, and the model is measured anew with the formats asked"
         measured.check_formats(asked, anew if statistics is None else "")
+        measured.check_inputs(measured_inputs(inputs, job.recipe.rules))
     if budget is not None:
         there = None if measured is None else (*measured.formats, *measured.fates)
         known = _names(candidates) or there or wanted or goal.formats
@@ -279,13 +325,16 @@ def open_planner(
     wanted = wanted if nesting is None else nesting.measured
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     named = (*named, *default_fates(job, named, candidates, goal.name, nesting))
+    if rounded := measured_inputs(inputs, job.recipe.rules):
+        analysis["inputs"] = rounded
     found = ensure_statistics(
         model, statistics, lora=lora, formats=named, progress=progress,
         trust_remote_code=trust_remote_code, **analysis,
     )  # fmt: skip
+    per_weight = {name: value for name, value in (latency or {}).items() if "/" not in name}
     return Planner(
         job, Predictor(found), goal, formats=_names(candidates), ends=ends,
-        weights=weights, latency=latency, exact=exact, nesting=nesting,
+        weights=weights, latency=per_weight or None, exact=exact, nesting=nesting, inputs=inputs,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
     1. Fisher, if importance is by gradients: forwards and backwards over some windows (`fisher`)
     2. for every block: observe all windows (`observe`), solve every site in every candidate format
-       (`sensitivity`), send probes (`probes`) and samples on, store, free
+       (`sensitivity`), if formats of inputs are asked for send the windows through again
+       (`input_errors`), send probes (`probes`) and samples on, store, free
     3. KL of the probes, by the model's own head (`tail`), on windows that no Hessian has seen
 
 Embedding and head are one unit more (`ends`). It is scored after the blocks, or before them if a
@@ -45,6 +46,7 @@ from bitnest.calibrate.ends import (
     score_ends,
 )
 from bitnest.calibrate.fisher import IMPORTANCE, Fisher, measure_fisher
+from bitnest.calibrate.input_errors import InputErrors, InputScored, bases_of, energy_orders
 from bitnest.calibrate.observe import COVER, Observer
 from bitnest.calibrate.probes import Measured, Probes, draw_plans, group_plans, widths
 from bitnest.calibrate.sensitivity import Scored, Sensitivity, sample_rows
@@ -52,6 +54,8 @@ from bitnest.calibrate.stream import Stream
 from bitnest.calibrate.tail import open_tail
 from bitnest.errors import RecipeError
 from bitnest.formats import PackedFormat
+from bitnest.formats.inputs import InputFormat
+from bitnest.packed.rounding import Between, each_input
 from bitnest.progress import Progress, Silent
 from bitnest.quantize.compress import Job
 from bitnest.quantize.memory import Budget, release
@@ -80,7 +84,8 @@ class Analysis:
     of one perturbed block and kind at a time), none. fisher_windows, probe_windows: in all, as many
     of each label. probes: random plans measured. hessian: full, diagonal, or auto. keep_hessians:
     store them. fates: of experts, whose errors are measured (`prune/experts/fates`); with drop
-    among them whole blocks are measured too (`prune/block_fates`).
+    among them whole blocks are measured too (`prune/block_fates`). inputs: candidate formats of
+    what matrices read (`input_errors`).
     """
 
     formats: tuple[PackedFormat, ...]
@@ -91,6 +96,7 @@ class Analysis:
     hessian: str = "auto"
     keep_hessians: bool = False
     fates: tuple[str, ...] = ()
+    inputs: tuple[InputFormat, ...] = ()
 
     def __post_init__(self) -> None:
         known = (*IMPORTANCE, "probes", "none")
@@ -109,6 +115,14 @@ class Analysis:
         if self.fates and self.importance == "none":
             raise RecipeError("without importance no fate of an expert has a loss",
                               hint="leave out --importance none")  # fmt: skip
+        if self.inputs and self.importance == "none":
+            raise RecipeError("without importance no format of inputs has a loss",
+                              hint="leave out --importance none, or --inputs")  # fmt: skip
+        if self.inputs and not bases_of(self.formats):
+            raise RecipeError(
+                f"what inputs lose beside {self.formats[0].name} is not known before it is solved",
+                hint="a --format without @awq, and with @perm last",
+            )
         if not self.formats and (self.importance != "none" or self.probes):
             raise RecipeError(
                 "nothing to be sensitive to: no candidate format",
@@ -118,11 +132,9 @@ class Analysis:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         found = {**asdict(self), "formats": [fmt.name for fmt in self.formats]}
-        return {**found, "fates": list(self.fates)} if self.fates else _without(found, "fates")
-
-
-def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != key}
+        found["fates"], found["inputs"] = list(self.fates), [fmt.name for fmt in self.inputs]
+        unused = {key for key in ("fates", "inputs") if not found[key]}
+        return {key: value for key, value in found.items() if key not in unused}
 
 
 def analyze(
@@ -420,12 +432,14 @@ class _Run:
                 for sums in observer.fused.values():
                     if not self.analysis.keep_hessians:
                         sums.hessians.clear()
+        inputs = self._input_losses(layer, modules, sites, observer, stream)
         probes.advance(layer)
         self._save_probes(probes, layer)
         weights = weight_figures(sites, self._parameter)
         record, tensors = block_tensors(
             layer, sites, modules, observer, scored, weights, self._fisher_rows(prefix),
             keep_hessians=self.analysis.keep_hessians, formats=len(self.analysis.formats),
+            rounded=inputs,
         )  # fmt: skip
         self.writer.write_block(layer, record, tensors)
         if layer:
@@ -443,6 +457,43 @@ class _Run:
             weighting=self.job.recipe.weighting,
             sample=sample_rows(tokens, widths, self.options.min_tokens),
         )
+
+    def _input_losses(
+        self,
+        layer: int,
+        modules: Mapping[str, nn.Module],
+        sites: Sequence[Site],
+        observer: Observer,
+        stream: Stream,
+    ) -> dict[str, InputScored]:
+        """What rounding their inputs costs the block's sites; nothing if it was not asked for."""
+        analysis = self.analysis
+        if not analysis.inputs:
+            return {}
+        errors = InputErrors(
+            analysis.inputs, bases_of(analysis.formats), len(self.labels), sites,
+            energy_orders(sites, observer), self._parameter, self.job.recipe.static,
+        )  # fmt: skip
+        if errors.has_static:
+            self._look(layer, modules, sites, stream, errors, errors.weigh)
+            errors.settle()
+        self._look(layer, modules, sites, stream, errors, errors.look)
+        return errors.scored(sites, self.fisher, observer)
+
+    def _look(
+        self,
+        layer: int,
+        modules: Mapping[str, nn.Module],
+        sites: Sequence[Site],
+        stream: Stream,
+        errors: InputErrors,
+        between: Between,
+    ) -> None:
+        with each_input(modules, sites, between):
+            for part in stream.batches():
+                if part.start not in self.held:
+                    errors.label = self.numbers[part.start]
+                    stream.forward_checked(layer, part)
 
     def _observe(self, layer: int, stream: Stream, observer: Observer) -> None:
         length = self.calibration.tokens.shape[1]
@@ -614,6 +665,7 @@ class _Run:
             "tokens": calibration.tokens.numel(),
             "length": calibration.tokens.shape[1],
             "formats": [fmt.name for fmt in self.analysis.formats],
+            **_input_header(self.analysis),
             "hessian": "full" if self.full else "diagonal",
             "importance": importance,
             "options": self.writer.fingerprint["options"],
@@ -633,6 +685,14 @@ class _Run:
             "seconds": seconds,
             "fingerprint": self.writer.fingerprint,
         }
+
+
+def _input_header(analysis: Analysis) -> dict[str, Any]:
+    """Candidate formats of inputs and the bases they were measured in, where there are any."""
+    if not analysis.inputs:
+        return {}
+    names, bases = [fmt.name for fmt in analysis.inputs], list(bases_of(analysis.formats))
+    return {"inputs": {"formats": names, "bases": bases}}
 
 
 def _middle(formats: Sequence[PackedFormat]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bitnest.calibrate.collector import symmetric
+from bitnest.calibrate.input_errors import InputScored
 from bitnest.calibrate.moments import Moments
 from bitnest.calibrate.observe import ExpertSums, Observer
 from bitnest.calibrate.sensitivity import Scored
@@ -56,6 +57,7 @@ def block_tensors(
     *,
     keep_hessians: bool,
     formats: int,
+    rounded: Mapping[str, InputScored],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The block's record for the header, and its tensors."""
     tensors: dict[str, torch.Tensor] = {}
@@ -71,6 +73,12 @@ def block_tensors(
         _put_experts(tensors, f"experts.{i}", sums, rows, keep_hessians)
     tensors.update({f"fisher.{name}": rows for name, rows in fisher.items()})
     put_sites(tensors, sites, scored, weights, formats)
+    if rounded and sites:
+        missed = [rounded[site.name] for site in sites]
+        tensors["sites.input_error"] = torch.stack([item.error for item in missed])
+        losses = [item.loss for item in missed if item.loss is not None]
+        if len(losses) == len(missed):
+            tensors["sites.input_loss"] = torch.stack(losses)
     record = {
         "layer": layer,
         "inputs": [

@@ -17,6 +17,7 @@ from bitnest.calibrate.slopes import Sensitivity, sensitivity
 from bitnest.calibrate.sources import DataSource
 from bitnest.errors import StatisticsError
 from bitnest.formats import AnyFormat, DenseFormat, widths
+from bitnest.formats.inputs import InputFormat
 from bitnest.recipe import PRUNERS
 from bitnest.statistics import Statistics
 from bitnest.statistics.header import HEADER
@@ -68,10 +69,15 @@ class Expected:
 
 
 def expect(
-    path: str | Path, formats: Mapping[str, AnyFormat], method: str, prune: str = PRUNERS[0]
+    path: str | Path,
+    formats: Mapping[str, AnyFormat],
+    method: str,
+    prune: str = PRUNERS[0],
+    inputs: Mapping[str, InputFormat] | None = None,
 ) -> Expected:
     """What the statistics in `path` predict for formats by site name, fitted with `method` and,
-    where they are sparse, `prune`.
+    where they are sparse, `prune`. inputs: of sites whose inputs are rounded; what that loses is
+    predicted if it was measured, and else said not to be.
 
     Raises:
         StatisticsError: not statistics, damaged, of another method, or without a format or site
@@ -89,7 +95,7 @@ def expect(
         )
     statistics.check_prune(prune, [fmt.name for fmt in formats.values()])
     plan = {n: fmt.name for n, fmt in formats.items() if not isinstance(fmt, DenseFormat)}
-    found = predictor.predict(plan)
+    found = predictor.predict(plan, _known_inputs(predictor, plan, inputs or {}))
     low, high = found.interval
     known = predictor.fit.probes > 0
     nested = any(widths(fmt) for fmt in formats.values())
@@ -103,6 +109,18 @@ def expect(
         windows=frozenset(item["sha256"] for item in statistics.header["samples"]),
         sensitivity=sensitivity(predictor) if nested else None,
     )
+
+
+def _known_inputs(
+    predictor: Predictor, plan: Mapping[str, str], inputs: Mapping[str, InputFormat]
+) -> dict[str, str]:
+    names = {name: fmt.name for name, fmt in inputs.items()}
+    try:
+        predictor.inputs.chosen(plan, names)
+    except StatisticsError as error:
+        log.warning("the KL predicted is that of weights alone: %s", error.what)
+        return {}
+    return names
 
 
 def texts(path: str | Path) -> list[DataSource]:

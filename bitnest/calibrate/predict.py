@@ -66,6 +66,7 @@ import torch
 
 from bitnest.calibrate.block_losses import loss_of, measured_blocks
 from bitnest.calibrate.fate_losses import FateLosses
+from bitnest.calibrate.input_losses import InputLosses
 from bitnest.errors import StatisticsError
 from bitnest.formats import FateFormat, parse_format
 from bitnest.sites import ENDS, Site
@@ -158,8 +159,11 @@ class Predictor:
         self.losses = site_losses(statistics)
         self._columns = {name: f for f, name in enumerate(self.formats)}
 
-    def predict(self, plan: Mapping[str, str]) -> Prediction:
-        """KL of the plan: site name -> format name; sites left out stay as they are.
+    def predict(
+        self, plan: Mapping[str, str], inputs: Mapping[str, str] | None = None
+    ) -> Prediction:
+        """KL of the plan: site name -> format name; sites left out stay as they are. inputs: site
+        name -> what its inputs are rounded to.
 
         Raises:
             StatisticsError: a site or a format that was not measured.
@@ -179,7 +183,8 @@ class Predictor:
                 )
             if name not in gone:
                 choice[self._number[name]] = self.column(fmt)
-        sums = self.sums(choice, self.fate_losses(gone))
+        rounded = self.inputs.chosen(plan, inputs or {})
+        sums = self.sums(choice, self.fate_losses(gone), rounded)
         kl = self.fit.kl(sums)
         covered = [d for d, label in enumerate(self.labels) if self.known[d]]
         return Prediction(
@@ -230,6 +235,13 @@ class Predictor:
         return alike[0]
 
     @cached_property
+    def inputs(self) -> InputLosses:
+        """Losses of rounded inputs."""
+        noise = output_errors(self.statistics).sum(axis=1)
+        per_error = self.losses.sum(axis=1) / np.where(noise > 0, noise, 1.0)[:, None]
+        return InputLosses(self.statistics, per_error, token_shares(self.statistics))
+
+    @cached_property
     def fates(self) -> FateLosses:
         """Losses of experts that are dropped, replaced or merged."""
         return FateLosses(self.statistics, self.losses, relative_errors(self.statistics))
@@ -276,9 +288,14 @@ class Predictor:
         sums[:, self._kind[site]] = loss * growth(loss, self.depth[site : site + 1])[0]
         return self.fit.kl(sums)
 
-    def sums(self, choice: np.ndarray, fates: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
+    def sums(
+        self,
+        choice: np.ndarray,
+        fates: Mapping[int, np.ndarray] | None = None,
+        inputs: Mapping[int, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Losses per label and kind, grown with each other, (L, K), of format numbers per site,
-        (S,), -1 for none. fates: see `fate_losses`."""
+        (S,), -1 for none. fates: see `fate_losses`. inputs: (L,) by site number, added."""
         chosen = choice >= 0
         own = np.zeros((len(self.sites), len(self.labels)))
         own[chosen] = self.losses[np.nonzero(chosen)[0], choice[chosen]]
@@ -286,6 +303,8 @@ class Predictor:
         count_drops_once(own, self.experts, choice == drop)
         for site, loss in (fates or {}).items():
             own[site] = loss
+        for site, loss in (inputs or {}).items():
+            own[site] += loss
         totals = np.zeros((len(self.kinds), len(self.labels)))
         np.add.at(totals, self._kind, own * growth(own.sum(axis=0), self.depth))
         return totals.T
@@ -426,9 +445,16 @@ def site_losses(statistics: Statistics) -> np.ndarray:
 
 def drawn(statistics: Statistics, losses: np.ndarray, share: float = DRAWN) -> np.ndarray:
     """Losses (S, F, L), those of experts drawn towards their layer's and projection's."""
-    noise, result = output_errors(statistics), losses.copy()
+    return draw(statistics.sites, output_errors(statistics), losses, share)
+
+
+def draw(
+    sites: Sequence[Site], noise: np.ndarray, losses: np.ndarray, share: float = DRAWN
+) -> np.ndarray:
+    """The same of losses (S, F, L) with output errors `noise` (S, F)."""
+    result = losses.copy()
     groups: dict[tuple[int, str], list[int]] = {}
-    for i, site in enumerate(statistics.sites):
+    for i, site in enumerate(sites):
         if site.expert is not None:
             groups.setdefault((site.layer, site.name.rpartition(".")[2]), []).append(i)
     for group in groups.values():

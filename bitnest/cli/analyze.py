@@ -46,6 +46,12 @@ def command(
         "--format",
         help="A candidate format; may be repeated (default: int2-g128 to int8-g128).",
     ),
+    inputs: list[str] = typer.Option(
+        [],
+        "--inputs",
+        help="A candidate format of what matrices read: int6-g128, int8-token; may be repeated "
+        "(default: none).",
+    ),
     method: str = typer.Option("gptq", "--method", help="How candidates are fitted: gptq or rtn."),
     prune: str = Prune,
     importance: str = typer.Option(
@@ -126,6 +132,7 @@ def command(
             length=length,
             pack=pack,
             formats=format or ([] if importance == "none" else api.CANDIDATES),
+            inputs=inputs,
             method=method,
             prune=prune,
             importance=importance,

@@ -14,7 +14,7 @@ from bitnest.cli.options import Device, Json, Lora, Quiet, Remote, parse_size
 # options that name the artifact, where none is named
 NAMING = {
     "bits", "size", "max_kl", "min_agreement", "format", "group", "sparsity", "inputs", "nested",
-    "plan",
+    "plan", "input_bits", "input_time",
 }  # fmt: skip
 
 
@@ -42,11 +42,11 @@ def command(
         help="With --format or --group, else of 16-bit weights: 50%, 2:4, 4:8, or b16x16-50.",
     ),
     prune: str = dials.Prune,
-    inputs: str = typer.Option(
-        None,
-        "--inputs",
-        help="What inputs of packed matrices are rounded to as the model runs: int8-token, "
-        "int6-g128, fp8-token, mxfp4 ... (default: they stay as they are).",
+    inputs: list[str] = dials.Inputs,
+    input_bits: float = dials.InputBits,
+    input_time: float = dials.InputTime,
+    latency: Path = typer.Option(
+        None, "--latency", help="JSON of seconds per multiply-accumulate by WEIGHTS/INPUTS."
     ),
     static: str = typer.Option(
         "mse", "--static", help="How static scales of inputs are chosen: mse, percentile, absmax."
@@ -141,6 +141,7 @@ def command(
         "lora": lora, "bits": bits, "size": parse_size(size), "max_kl": max_kl,
         "min_agreement": dials.parse_share(min_agreement), "context": context, "format": format,
         "group": group, "sparsity": sparsity, "prune": prune, "inputs": inputs,
+        "input_bits": input_bits, "input_time": input_time, "latency": latency,
         "static": static, "kv": kv, "nested": nested,
         "base_size": parse_size(base_size), "plan": plan,
         "target": target, "policy": policy,
@@ -165,6 +166,9 @@ def command(
         )
         values = {**values, **read_recipe(recipe, skip=given)}
 
+    table = values["latency"]
+    values["latency"] = dials.read_latency(None if table is None else Path(table))
+
     def announce(planned: Any, before: Any) -> None:
         from bitnest.cli import plan_tables
 
@@ -181,6 +185,7 @@ def command(
     out_dir = out or Path(default_name(model, values, recipe, given))
     plain = (values["format"] or values["group"] or values["sparsity"]) and not values["nested"]
     uniform = plain or values["plan"] or values["method"] == "rtn"
+    uniform = uniform and (values["input_bits"] is None and values["input_time"] is None)
     known = values["statistics"] or (not uniform and dials.found(model, values["lora"]))
     if values["plan"]:
         from bitnest.api.compressing import plan_statistics
@@ -246,7 +251,10 @@ def default_name(
     if (fmt := values["format"]) is not None and "/" in fmt:
         fmt, _, spelt = fmt.partition("/")
         values = {**values, "format": fmt, "inputs": spelt}
-    inputs = f"-inputs-{values['inputs']}" if values.get("inputs") else ""
+    said = values.get("inputs") or []
+    inputs = f"-inputs-{'-'.join([said] if isinstance(said, str) else said)}" if said else ""
+    for key in ("input_bits", "input_time"):
+        inputs += f"-{values[key]:g}" if values.get(key) is not None else ""
     if recipe is not None:
         name += f"-{Path(recipe).stem}"
         if not NAMING & set(given):

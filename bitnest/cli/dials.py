@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,43 @@ Ends = typer.Option(
 Exact = typer.Option(
     False, "--exact", help="Solve each linear problem to a proven optimum, by integer programming."
 )
+
+Inputs = typer.Option(
+    [],
+    "--inputs",
+    help="What inputs of packed matrices are rounded to as the model runs: int8-token, int6-g128, "
+    "fp8-token, mxfp4 ...; of several every matrix gets one (default: they stay as they are).",
+)
+InputBits = typer.Option(
+    None, "--input-bits", help="Mean width of inputs over multiply-accumulates, such as 6.4."
+)
+InputTime = typer.Option(
+    None,
+    "--input-time",
+    help="With --latency: time of all products, as a share of that with inputs at their widest.",
+)
+
+
+def read_latency(path: Path | None) -> dict[str, float] | None:
+    """A table of seconds by format.
+
+    Raises:
+        RecipeError: it cannot be read, or has times that are not above 0.
+    """
+    if path is None:
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(name): float(value) for name, value in table.items()}
+        if not found or min(found.values()) <= 0:
+            raise ValueError("no times, or one that is not above 0")
+        return found
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(
+            "cannot read the table of latencies", where=str(path),
+            hint='a JSON object, format: seconds per weight, such as {"int4-g128": 1e-11}, or '
+            'per multiply-accumulate, {"int8-channel/int8-token": 1e-11}',
+        ) from error  # fmt: skip
 
 
 def found(model: str, lora: Sequence[str] = ()) -> bool:

@@ -43,6 +43,8 @@ def _print_statistics(found: dict[str, Any]) -> None:
     kind = "not measured" if importance is None else importance["kind"]
     typer.echo(f"importance: {kind}; Hessians: {found['hessian']}; probes: {found['probes']}")
     typer.echo("candidates: " + (", ".join(found["formats"]) or "none"))
+    if rounded := found.get("inputs"):
+        typer.echo("inputs: " + ", ".join(rounded["formats"]))
 
 
 def _reduced(said: dict[str, Any] | None) -> list[str]:
@@ -79,6 +81,11 @@ def _print(found: dict[str, Any], every: bool) -> None:
             typer.echo(line)
     for line in _reduced(found.get("source", {}).get("reduced")):
         typer.echo(line)
+    expected = (found.get("plan") or {}).get("expected", {})
+    if "input_bits" in expected:
+        from bitnest.cli.plan_tables import input_line
+
+        typer.echo(input_line(expected))
     if "verified" in found:
         typer.echo(f"checksums: {found['verified']} files match")
     if found["kind"] == "statistics":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,12 @@ def command(
     group: int = typer.Option(
         None, "--group", help="With --nested: input channels per scale, 16 to 128."
     ),
+    format: str = typer.Option(
+        None, "--format", help="One format for all weights: only their inputs are planned."
+    ),
+    inputs: list[str] = dials.Inputs,
+    input_bits: float = dials.InputBits,
+    input_time: float = dials.InputTime,
     rule: list[str] = typer.Option(
         [], "--rule", help="PATTERN=FORMAT that no plan overrules: a glob, re:REGEX or kind:KIND."
     ),
@@ -52,7 +57,10 @@ def command(
         help="If statistics are measured now: text, [label=]file, directory, hub:name.",
     ),
     latency: Path = typer.Option(
-        None, "--latency", help="JSON of seconds per weight by format, for --policy mxmoe."
+        None,
+        "--latency",
+        help="JSON of seconds: per weight by format, for --policy mxmoe; per multiply-accumulate "
+        "by WEIGHTS/INPUTS, for --input-time.",
     ),
     check: Path = typer.Option(None, "--check", help="Say what this plan file costs and loses."),
     explain: list[str] = typer.Option(
@@ -91,21 +99,28 @@ def command(
     from bitnest.cli import plan_tables as tables
     from bitnest.quantize.allocation.policies import POLICIES
 
+    rounded = {
+        "--inputs": bool(inputs), "--input-bits": input_bits is not None,
+        "--input-time": input_time is not None, "--format": format is not None,
+    }  # fmt: skip
     _check_ways(
         {"--check": check is not None, "--frontier": frontier, "--compare": compare},
         {
             "--frontier": {
-                "-o": out is not None, "--explain": bool(explain), "--context": bool(context),
+                **rounded, "-o": out is not None, "--explain": bool(explain),
+                "--context": bool(context),
                 "--machine": machine is not None,
                 "--nested": nested is not None or base_size is not None,
             },
             "--compare": {
-                "-o": out is not None, "--explain": bool(explain), "--machine": machine is not None,
+                **rounded, "-o": out is not None, "--explain": bool(explain),
+                "--machine": machine is not None,
                 "--nested": nested is not None or base_size is not None,
             },
             "--check": {
                 "--nested": nested is not None or base_size is not None,
                 "--context": bool(context), "--exact": exact, "--latency": latency is not None,
+                **rounded,
             },
         },
         {
@@ -113,7 +128,9 @@ def command(
             "--mark": (bool(mark), plot is not None, "--frontier --plot FILE --mark EVAL.json"),
             "--points": (points is not None, frontier, "--frontier --points 20"),
             "--latency": (
-                latency is not None, policy == "mxmoe" or compare, "--policy mxmoe --latency FILE",
+                latency is not None,
+                policy == "mxmoe" or compare or input_time is not None,
+                "--policy mxmoe --latency FILE, or --input-time 0.8 --latency FILE",
             ),
         },
     )  # fmt: skip
@@ -137,7 +154,7 @@ def command(
     options: dict[str, Any] = {
         "statistics": statistics, "lora": lora, "target": target, "ends": ends, "exact": exact,
         "rules": [*rule, *(f"{pattern}=dense" for pattern in keep)], "candidates": candidate,
-        "weights": _weights(weight), "latency": _latency(latency), "data": data,
+        "weights": _weights(weight), "latency": dials.read_latency(latency), "data": data,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     budget = {
@@ -177,7 +194,8 @@ def command(
         else:
             planned = api.plan(
                 model, policy=policy, nested=nested, group=group,
-                base_size=parse_size(base_size),
+                base_size=parse_size(base_size), format=format, inputs=inputs,
+                input_bits=input_bits, input_time=input_time,
                 **budget, **options,
             )  # fmt: skip
         cost = (
@@ -238,19 +256,3 @@ def _weights(texts: list[str]) -> dict[str, float]:
         if not equals or not label:
             raise RecipeError(f"a weight reads LABEL=NUMBER, not '{text}'", hint="--weight code=2")
     return found
-
-
-def _latency(path: Path | None) -> dict[str, float] | None:
-    if path is None:
-        return None
-    try:
-        table = json_module.loads(path.read_text(encoding="utf-8"))
-        found = {str(name): float(value) for name, value in table.items()}
-        if not found or min(found.values()) <= 0:
-            raise ValueError("no times, or one that is not above 0")
-        return found
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise RecipeError(
-            "cannot read the table of latencies", where=str(path),
-            hint='a JSON object, format: seconds per weight, such as {"int4-g128": 1e-11}',
-        ) from error  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bitnest.formats.names import brief_name
 from bitnest.patterns import matcher
 from bitnest.quantize.allocation.explain import Explanation
 from bitnest.quantize.allocation.explain import explain as explanations
+from bitnest.quantize.allocation.explain_inputs import InputExplanation, explain_inputs
 from bitnest.quantize.allocation.frontier import Frontier
 from bitnest.quantize.allocation.planned import Planned
 from bitnest.quantize.preflight import MACHINES, Preflight
@@ -74,6 +75,7 @@ def row(planned: Planned) -> dict[str, Any]:
         "bits_per_weight": planned.bits_per_weight, "sizes": vars(planned.sizes),
         "artifact_bytes": planned.sizes.artifact, "kl": planned.mean, "low": planned.low,
         "high": planned.high, "kl_by_text": planned.kl, "gap": planned.gap,
+        **({} if planned.inputs is None else planned.inputs.figures()),
     }  # fmt: skip
 
 
@@ -92,6 +94,9 @@ def as_json(
     }  # fmt: skip
     if explained:
         found["explain"] = [item.to_json() for item in explained_items(planned, explained)]
+        if planned.inputs is not None:
+            own = [item for text in explained for item in explain_inputs(planned, text)]
+            found["explain_inputs"] = [item.to_json() for item in own]
     return found
 
 
@@ -126,6 +131,8 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
     if planned.low is not None and planned.high is not None:
         text += f", {planned.low:.3g} to {planned.high:.3g} within one standard error"
     found.append(text + " (" + ", ".join(f"{k} {v:.3g}" for k, v in planned.kl.items()) + ")")
+    if planned.inputs is not None:
+        found.append(input_line(planned.inputs.figures()))
     if planned.gap is not None:
         found.append(
             "optimal under this budget, losses taken as linear about the plan"
@@ -139,6 +146,16 @@ def lines(planned: Planned, before: Preflight, cost: dict[str, Any] | None) -> l
             f"this size: bitnest's own runtime would reach {cost['free']:.3g}"
         )
     return [*found, *estimates(before)]
+
+
+def input_line(figures: Mapping[str, Any]) -> str:
+    """Width and loss of inputs as a plan keeps them, in words."""
+    time = figures.get("input_time")
+    return (
+        f"inputs: {figures['input_bits']:.4g} bits on average over multiply-accumulates"
+        + ("" if time is None else f", {time:.1%} of the time at their widest")
+        + f"; they add {figures['input_kl']:.3g} nats to the predicted KL"
+    )
 
 
 def estimates(before: Preflight) -> list[str]:
@@ -236,8 +253,32 @@ def explain(planned: Planned, patterns: Sequence[str]) -> None:
             )  # fmt: skip
         console.print(table, markup=False)
         console.print(f"price: {item.price:.3g} nats per {item.unit}\n", highlight=False)
+    for rounded in [item for text in patterns for item in explain_inputs(planned, text)][
+        :EXPLAINED
+    ]:
+        _explain_inputs(console, rounded)
     if len(found) > EXPLAINED:
         console.print(f"and {len(found) - EXPLAINED} more; --json gives all", highlight=False)
+
+
+def _explain_inputs(console: Any, item: InputExplanation) -> None:
+    from rich.table import Table
+
+    together = f" and {len(item.sites) - 1} with it" if len(item.sites) > 1 else ""
+    console.print(
+        f"inputs of {item.sites[0]}{together}: {item.work:.2%} of multiply-accumulates",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("inputs", "bits", "loss (KL)", "loss + price", ""):
+        table.add_column(column, justify="left" if column in {"inputs", ""} else "right")
+    for line in item.lines:
+        table.add_row(
+            line.format, f"{line.bits:.3g}", f"{line.loss:.3g}",
+            f"+{line.value:.3g}" if line.value > 0 else "least", "chosen" if line.chosen else "",
+        )  # fmt: skip
+    console.print(table, markup=False)
+    console.print(f"price: {item.price:.3g} nats per {item.unit}\n", highlight=False)
 
 
 def policies(rows: Sequence[Planned]) -> None:

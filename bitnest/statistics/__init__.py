@@ -13,6 +13,8 @@
     experts.<i>.rows             (n, hidden) of the states that reached the layer, evenly spread
     fisher.<module or parameter> (L, ...) squared gradients per prediction (`calibrate/fisher.py`)
     sites.error (S, F), sites.loss (S, F, L), sites.output (S,)        sensitivity of S sites
+    sites.input_error (S, B, P), sites.input_loss (S, B, P, L)  of their inputs, if asked for, in
+                                 header.inputs' B bases and P formats (`calibrate/input_errors.py`)
     sites.peaks (S, 3), sites.energy (S,)                               of their weights
     columns.<site>               (I,) norms of the weight's columns
     lookups                      (L, V) how often each token occurs, of the ends only
@@ -24,11 +26,11 @@ model without them (`prune/block_fates`). They are of one run: a merger has none
 Nearly all are sums, so the statistics of two runs over the same model are added (`merge`), whatever
 machine they ran on: those of two halves of the data are those of the whole, up to rounding. The
 exceptions: absmax is a maximum, traces are joined, weights' own figures are the same in both, and
-what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, which is an
-approximation and said so in the header. Parts must be of one model, one set of options and one
-compute type, and no window of text may occur in two of them: it would count double. Windows are
-compared by checksum, so text that was cut into other windows is not recognised. Length and seed may
-differ; the merger's are null then.
+what comes out of a nonlinear solve (sites.error, sites.loss) is averaged by tokens, and so is what
+inputs lose, which is an approximation and said so in the header. Parts must be of one model, one
+set of options and one compute type, and no window of text may occur in two of them: it would count
+double. Windows are compared by checksum, so text that was cut into other windows is not recognised.
+Length and seed may differ; the merger's are null then.
 
 `open` holds the header against SCHEMA, against itself and against the tensors' shapes, `verify`
 every byte against its checksum; whatever computes new results from statistics (`merge`, `extend`,
@@ -52,6 +54,7 @@ import torch
 
 from bitnest.errors import CheckpointError, StatisticsError
 from bitnest.formats import fates_apart
+from bitnest.formats.inputs import DENSE
 from bitnest.recipe import PRUNERS
 from bitnest.safetensors_io import Entry, TensorInfo, entry, read_header, read_tensor
 from bitnest.sites import ENDS, Site
@@ -118,6 +121,35 @@ class Statistics:
     def formats(self) -> list[str]:
         """Names of the candidate formats whose sensitivity was measured."""
         return list(self.header["formats"])
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the formats of inputs whose loss was measured."""
+        return list((self.header.get("inputs") or {"formats": ()})["formats"])
+
+    @property
+    def bases(self) -> list[str]:
+        """Bases of weights that it was measured in (`formats/bases`)."""
+        return list((self.header.get("inputs") or {"bases": ()})["bases"])
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Refuse formats of inputs that were not measured.
+
+        Raises:
+            StatisticsError: one was not.
+        """
+        missing = [name for name in names if name not in {*self.inputs, DENSE}]
+        if not missing:
+            return
+        formats = [f"--format {name}" for name in self.formats]
+        wanted = dict.fromkeys([*self.inputs, *missing])
+        inputs = [f"--inputs {name}" for name in wanted]
+        raise StatisticsError(
+            f"what inputs in '{missing[0]}' lose was not measured",
+            where=str(self.path),
+            hint=f"measured: {', '.join(self.inputs) or 'no format of inputs'}; bitnest analyze "
+            f"MODEL {' '.join([*formats, *inputs])} -o DIR, then --statistics DIR",
+        )
 
     @property
     def fates(self) -> list[str]:
@@ -253,6 +285,11 @@ class Statistics:
             shapes |= {"sites.error": (sites, formats), "sites.output": (sites,)}
         if self.has(number, "sites.loss"):
             shapes["sites.loss"] = (sites, formats, labels)
+        if sites and self.inputs and not is_ends(layer):
+            tried = (sites, len(self.bases), len(self.inputs))
+            shapes["sites.input_error"] = tried
+            if self.has(number, "sites.input_loss"):
+                shapes["sites.input_loss"] = (*tried, labels)
         return shapes
 
 

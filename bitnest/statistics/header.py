@@ -42,6 +42,7 @@ SCHEMA: dict[Any, Any] = {  # (x,): x or null; [x]: a list of x; {str: x}: x und
 FATES: dict[Any, Any] = {  # only where fates of experts were measured
     "kinds": [str], "layers": [{"layer": int, "zero": [float]}],
 }  # fmt: skip
+INPUTS: dict[Any, Any] = {"formats": [str], "bases": [str]}  # only where inputs were measured
 BLOCKS = [{"layer": int, "influence": float, "kl": ([(float,)],)}]  # earlier ones have none
 AGAIN = "copy the directory again, or repeat bitnest analyze"
 
@@ -61,6 +62,8 @@ def open_header(path: Path) -> dict[str, Any]:
             _check_types(header, SCHEMA, "header")
             _check_agreement(header)
             _check_fates(header)
+            if header.get("inputs") is not None:
+                _check_types(header["inputs"], INPUTS, "header.inputs")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StatisticsError(
             f"no statistics here: no {HEADER}",

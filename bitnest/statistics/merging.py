@@ -70,10 +70,12 @@ class _Merger:
             return torch.cat(tensors)
         if group == "columns" or name in {"sites.peaks", "sites.energy"}:
             return tensors[0]
-        if name in {"sites.error", "sites.output"}:
+        if name in {"sites.error", "sites.output", "sites.input_error"}:
             return _average(tensors, [part.header["tokens"] for part in self.parts])
         if name == "sites.loss":
             return self._by_predictions(tensors, 2)
+        if name == "sites.input_loss":
+            return self._by_predictions(tensors, 3)
         if group == "fisher":
             return self._by_predictions(tensors, 0)
         spread = [self._spread(t, part, 0) for t, part in zip(tensors, self.parts, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bitnest.plan import Plan
+from bitnest.quantize.allocation.inputs import PlannedInputs
 from bitnest.quantize.allocation.menu import Menu
 from bitnest.quantize.allocation.policies import Evidence
 from bitnest.quantize.sizing import Sizes
@@ -17,7 +18,7 @@ from bitnest.quantize.sizing import Sizes
 class Planned:
     """A plan with its grounds. choice: (N,). gap: see `Solution`, None for other policies. kl: per
     label; mean; low, high: one standard error of its logarithm less and more, None if no probe was
-    measured."""
+    measured. inputs: what matrices read rounded; what they lose is in all of these."""
 
     plan: Plan
     menu: Menu
@@ -29,6 +30,7 @@ class Planned:
     low: float | None
     high: float | None
     gap: float | None = None
+    inputs: PlannedInputs | None = None
 
     @property
     def bits(self) -> float:
@@ -60,6 +62,8 @@ def expected(planned: Planned) -> dict[str, Any]:
     if planned.low is not None and planned.high is not None:
         found |= {"kl_low": float(f"{planned.low:.4g}"), "kl_high": float(f"{planned.high:.4g}")}
     found["kl_by_text"] = {k: float(f"{v:.4g}") for k, v in planned.kl.items()}
+    if planned.inputs is not None:
+        found |= planned.inputs.figures()
     if planned.gap is not None:
         found["gap"] = float(f"{planned.gap:.2g}")
     return found

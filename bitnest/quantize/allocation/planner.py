@@ -31,10 +31,13 @@ from bitnest.calibrate.predict import Predictor, widths_of
 from bitnest.calibrate.slopes import sensitivity
 from bitnest.errors import BitnestError, RecipeError, StatisticsError
 from bitnest.formats import AnyFormat, FateFormat, fates_apart, parse_format
+from bitnest.formats.inputs import DENSE, joined_name, parse_inputs
 from bitnest.kinds import ENDS, UNNAMED_DENSE
 from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
+from bitnest.quantize.allocation.inputs import InputDials
+from bitnest.quantize.allocation.joint import add_inputs, evaluated_inputs, with_inputs
 from bitnest.quantize.allocation.menu import (
     FATE,
     Menu,
@@ -70,6 +73,7 @@ FIGURES = (
     "kl_high",
     "gap",
 )
+INPUT_FIGURES = ("input_bits", "input_time", "input_kl")
 
 
 class Planner:
@@ -79,7 +83,7 @@ class Planner:
     format, candidate or not. ends: whether embedding and head are
     planned too; None: with a size or KL they are, with bits they stay as they are, which is how
     "3-bit" is meant in the field. weights: of the dataset labels. latency: see `read_evidence`.
-    nesting: weights are nested, formats those that it says.
+    nesting: weights are nested, formats those that it says. inputs: what is asked of inputs.
 
     Raises:
         StatisticsError: of another model, or without what planning needs.
@@ -98,8 +102,9 @@ class Planner:
         latency: Mapping[str, float] | None = None,
         exact: bool = False,
         nesting: Nesting | None = None,
+        inputs: InputDials | None = None,
     ) -> None:
-        self.nesting = nesting
+        self.nesting, self.inputs = nesting, inputs
         self.job, self.predictor, self.target = job, predictor, target
         self.ends, self.exact, self.latency = ends, exact, latency
         self.labels = [
@@ -119,9 +124,32 @@ class Planner:
         if nesting is not None:
             self.formats = nesting.formats
         predictor.check_formats(self.formats)
+        if inputs is not None:
+            predictor.statistics.check_inputs(inputs.formats)
 
     def plan(self, budget: Budget, policy: str = "bitnest") -> Planned:
-        """The plan of a policy under a budget.
+        """The plan of a policy under a budget, of inputs too if something is asked of them.
+
+        Raises:
+            RecipeError, BudgetError: the budget cannot be met.
+        """
+        if self.inputs is None:
+            return self.plan_weights(budget, policy)
+        return with_inputs(self, budget, policy)
+
+    def fixed(self) -> Planned:
+        """The plan of the recipe's own formats, with inputs chosen for them."""
+        own = {site.name: self.job.formats[site.name].name for site in self.job.sites}
+        source = self.predictor.statistics.header["source"]["sha256"]
+        plan = Plan.of(
+            own, model=self.job.checkpoint.path.resolve().name, source=source,
+            target=self.target.name, asked={} if self.inputs is None else self.inputs.to_json(),
+        )  # fmt: skip
+        found = self.evaluate(plan)
+        return found if self.inputs is None else add_inputs(self, found, None)
+
+    def plan_weights(self, budget: Budget, policy: str = "bitnest") -> Planned:
+        """The plan of weights alone; see `plan`.
 
         Raises:
             RecipeError, BudgetError: the budget cannot be met.
@@ -234,8 +262,8 @@ class Planner:
         evidence = self.evidence(Budget(size=1), ends=True, suited=False)
         chosen = {s.name: formats[s.name] for item in evidence.menu.items for s in item}
         choice = evidence.menu.choice(chosen)
-        found = self._finish(evidence, choice, Budget(size=1), "")
-        now = replace(plan, expected=found.plan.expected, digest=digest_of(plan.rules))
+        found = evaluated_inputs(self, self._finish(evidence, choice, Budget(size=1), ""), plan)
+        now = replace(plan, expected=expected(found), digest=digest_of(plan.rules))
         return replace(found, plan=now)
 
     def evidence(
@@ -453,8 +481,20 @@ class Planner:
 
     def sizes(self, menu: Menu, choice: np.ndarray, budget: Budget) -> Sizes:
         """Sizes of the artifact of one choice per item, its manifest as this plan's will be."""
-        formats = menu.plan(choice)
-        job = replace(self._job(formats), plan=self._draft(budget), expected=self._expected)
+        return self.sizes_of(menu.plan(choice), budget)
+
+    def sizes_of(
+        self,
+        formats: Mapping[str, str],
+        budget: Budget | None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Sizes:
+        """The same of format names by site. budget: None for formats that no budget gave. inputs:
+        what inputs are rounded to, by site."""
+        budget = budget or Budget(size=1)
+        job = replace(
+            self._job(formats, inputs or {}), plan=self._draft(budget), expected=self._expected
+        )
         if self.job.asked is None:  # carried out later, with options that are not known yet
             job = replace(job, asked=self._asked(budget))
         assumed = None if self.job.calibration is not None else self._assumed()
@@ -469,6 +509,8 @@ class Planner:
     def _draft(self, budget: Budget) -> Plan:
         """A plan whose summary is as long as it can become."""
         figures = dict.fromkeys(FIGURES, LONGEST)
+        if self.inputs is not None:
+            figures |= dict.fromkeys(INPUT_FIGURES, LONGEST)
         texts = {"kl_by_text": dict.fromkeys(self.labels, LONGEST)}
         return Plan(
             (), target=self.target.name, policy="frequency", asked=self._spoken(budget),
@@ -477,7 +519,10 @@ class Planner:
 
     def _spoken(self, budget: Budget) -> dict[str, Any]:
         """What was asked for, as the plan keeps it."""
-        return {**budget.to_json(), **({} if self.nesting is None else self.nesting.to_json())}
+        return {
+            **budget.to_json(), **({} if self.nesting is None else self.nesting.to_json()),
+            **({} if self.inputs is None else self.inputs.to_json()),
+        }  # fmt: skip
 
     def _asked(self, budget: Budget) -> dict[str, Any]:
         """The resolved recipe of `compress` with this budget and no other option."""
@@ -485,6 +530,7 @@ class Planner:
             "target": self.target.name, "policy": "frequency", "candidates": list(self.formats),
             "ends": False, "exact": False,
             **({} if self.nesting is None else self.nesting.to_json()),
+            **({} if self.inputs is None else self.inputs.to_json()),
         }  # fmt: skip
         return resolved(self.job.recipe, {"budget": budget.to_json()}, planning=planning)
 
@@ -517,9 +563,14 @@ class Planner:
             )  # fmt: skip
         return formats
 
-    def _job(self, plan: Mapping[str, str]) -> Job:
-        rules = Plan.of(self.whole(plan)).rules
-        return replace(self.job, recipe=replace(self.job.recipe, format="dense", rules=rules))
+    def _job(self, plan: Mapping[str, str], inputs: Mapping[str, str]) -> Job:
+        whole = self.whole(plan)
+        joined = {name: joined_name(fmt, inputs.get(name, "")) for name, fmt in whole.items()}
+        recipe = replace(self.job.recipe, format="dense", rules=Plan.of(joined).rules)
+        if not inputs:
+            return replace(self.job, recipe=recipe)
+        own = {name: parse_inputs(fmt) for name, fmt in inputs.items() if fmt != DENSE}
+        return replace(self.job, recipe=recipe, inputs=own)
 
     def _pruned(self, plan: Mapping[str, str]) -> str:
         """How sparse formats of a plan were measured, empty where that is the usual way."""
