@@ -46,6 +46,7 @@ def export(
     *,
     engine: str | None = None,
     verify: bool = True,
+    weights_only: bool = False,
     bits: int | None = None,
     group: int | str | None = None,
     method: str = "gptq",
@@ -60,7 +61,9 @@ def export(
 ) -> ExportResult:
     """Write `artifact` as a compressed-tensors directory; see `bitnest.export`.
 
-    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run. bits: of a
+    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run.
+    weights_only: leave inputs in 16 bit that the artifact rounds; without it they are rounded in
+    the export too, or it is refused. bits: of a
     nested artifact, the width it is quantised anew at, from the widest it has. group: input
     channels per scale then, or `channel`; None means 128. Sites that are not nested keep a format
     that exports, dense ones stay dense. The rest as in `compress`, and only with bits.
@@ -79,9 +82,12 @@ def export(
                 f"{named[0]} says nothing without --bits",
                 hint="an artifact that is not nested is exported as it is",
             )
-        return export_compressed_tensors(source, out, engine=engine, verify=verify)
+        return export_compressed_tensors(
+            source, out, engine=engine, verify=verify, weights_only=weights_only
+        )
     name = _format_name(bits, group)
     checkpoint = DecodedCheckpoint.of(_nested(source))
+    dropped = _dropped_inputs(checkpoint.artifact, weights_only)
     if not is_empty(out):
         raise in_the_way(out)
     recipe = Recipe(format=name, method=method, seed=seed)
@@ -91,7 +97,27 @@ def export(
     job = maker.calibrated(job, None)
     _check_room(job, out, samples, length)
     with _workshop(out) as place:
-        return _requantise(job, place, out, engine, verify, progress)
+        result = _requantise(job, place, out, engine, verify, progress)
+    return replace(result, notes=(*dropped, *result.notes))
+
+
+def _dropped_inputs(artifact: Artifact, weights_only: bool) -> list[str]:
+    """What to say of rounded inputs, which weights quantised anew do not have.
+
+    Raises:
+        TargetError: there are some, and nobody asked for weights alone.
+    """
+    from bitnest.export.input_scales import without_inputs
+
+    rounded = next((record for record in artifact.records if record.inputs), None)
+    if rounded is not None and not weights_only:
+        raise TargetError(
+            f"--bits quantises weights anew; inputs are rounded here ({rounded.inputs}) and would "
+            "not be there",
+            where=rounded.site.name,
+            hint="--weights-only leaves them in 16 bit; or compress the original to what is wanted",
+        )
+    return without_inputs(artifact.records)[1]
 
 
 def _format_name(bits: int, group: int | str | None) -> str:
