@@ -1,7 +1,7 @@
-"""Exports of rounded inputs: what engines are told is what the artifact does, or nothing is written.
+"""Exports of rounded inputs: engines are told what the artifact does, or nothing is written.
 
-Every scheme against a config written out by hand, every tensor against the artifact's numbers, every
-refusal caused once. compressed-tensors parses and decodes what is written where it is installed.
+Every scheme against a config written out by hand, every tensor against the artifact's numbers,
+every refusal caused once. compressed-tensors parses and decodes what is written where it is there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bitnest.export.targets import check_engine, engine_notes
 from bitnest.export.verify import verify_export
 from bitnest.formats import parse_format
 from bitnest.formats.inputs import parse_inputs
+from bitnest.kernels.inputs import round_inputs
 from bitnest.manifest import SiteRecord
 from bitnest.sites import Site
 
@@ -297,7 +298,9 @@ def test_differing_scales_of_a_fused_matrix_become_the_largest(
 def test_experts_of_a_layer_share_the_scale_of_gates_and_ups_and_that_of_downs() -> None:
     name = "fp8-channel/fp8-static"
     leaves = ("gate_proj", "up_proj", "down_proj")
-    records = [fake(leaf, name, 1.0 + i + 10 * e, e) for e in (0, 1) for i, leaf in enumerate(leaves)]
+    records = [
+        fake(leaf, name, 1.0 + i + 10 * e, e) for e in (0, 1) for i, leaf in enumerate(leaves)
+    ]
     found, notes = shared_scales([*records, fake("o_proj", name, 0.25)])
     assert [record.input_scale for record in found] == [12.0, 12.0, 13.0, 12.0, 12.0, 13.0, 0.25]
     assert len(notes) == 2
@@ -316,7 +319,11 @@ def test_verification_sees_inputs_rounded_in_another_way(
     artifact = compress(sources / "dense", tmp_path / "a", "int8-channel/int8-static")
     export_compressed_tensors(artifact, tmp_path / "e")
     if damage == "scale":
-        file = next(f for f in (tmp_path / "e").glob("*.safetensors") if "input_scale" in str(load_file(f).keys()))
+        file = next(
+            f
+            for f in (tmp_path / "e").glob("*.safetensors")
+            if "input_scale" in str(load_file(f).keys())
+        )
         tensors = load_file(file)
         key = next(key for key in tensors if key.endswith("input_scale"))
         tensors[key] = tensors[key] * 1.0001
@@ -417,6 +424,47 @@ def test_fp8_weights_run_on_a_cpu_beside_rounded_inputs_only() -> None:
     assert "vllm-cpu with fp8_e4m3-token" in engines_of(parse_format("fp8-channel"))
     assert "vllm-cpu with int8-token" in engines_of(parse_format("int8-channel"))
     assert "vllm-cpu" in engines_of(parse_format("int4-g128"))
+
+
+@pytest.mark.parametrize("fmt", ["int8-channel/int8-static", "fp8-channel/fp8-token"])
+def test_transformers_rounds_inputs_to_the_same_numbers(
+    sources: Path, tmp_path: Path, fmt: str
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    artifact = compress(sources / "dense", tmp_path / "a", fmt)
+    export_compressed_tensors(artifact, tmp_path / "e", engine="transformers")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", dtype=torch.float32).eval()
+    linear = model.model.layers[1].self_attn.o_proj
+    record = next(
+        r for r in Artifact.open(artifact).packed() if r.site.name.endswith("1.self_attn.o_proj")
+    )
+    torch.manual_seed(0)
+    x = torch.randn(1, 24, 128) * 0.02
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))  # which decodes the weights
+        theirs, weight = linear(x)[0], linear.weight
+    rounded = round_inputs(x[0], parse_inputs(record.inputs), record.input_scale)
+    torch.testing.assert_close(theirs, rounded @ weight.T, rtol=1e-5, atol=1e-7)
+    assert float((theirs - x[0] @ weight.T).norm() / theirs.norm()) > 1e-3
+
+
+def test_experts_that_transformers_would_not_round_are_refused() -> None:
+    record = fake("up_proj", "int8-channel/int8-token", expert=0)
+    with pytest.raises(TargetError, match="does not run int8-channel experts with inputs"):
+        check_engine("transformers", [record], {})
+
+
+@pytest.mark.parametrize("name", ["fp8-channel/fp8-token", "int4-g128/int8-token", "mxfp4/mxfp4"])
+def test_experts_that_vllm_cpu_refused_are_refused(name: str) -> None:
+    with pytest.raises(TargetError, match="experts with inputs rounded"):
+        check_engine("vllm-cpu", [fake("up_proj", name, expert=0)], {})
+    check_engine("vllm-cpu", [fake("up_proj", "int8-channel/int8-token", expert=0)], {})
+
+
+def test_tensor_scales_that_vllm_rounds_anew_are_told_of() -> None:
+    records = [fake(leaf, "fp8-tensor/fp8-static", 1.0) for leaf in ("q_proj", "k_proj", "v_proj")]
+    assert any("rounds q_proj/k_proj/v_proj anew" in note for note in engine_notes(records, {}))
+    assert not any("anew" in note for note in engine_notes(records[:1], {}))
 
 
 def test_notes_name_the_package_that_packed_integers_need() -> None:

@@ -5,10 +5,16 @@ Sources: compressed-tensors 0.20 (compressors/pack_quantized, quantization/lifec
 oracle/int_wna16 and experts), transformers 5.23 (integrations/compressed_tensors). The vLLM-CPU and
 transformers lines for integers were also run; those for CUDA were read.
 
-Float families were run in transformers, in vLLM only read about. In transformers' experts
-(`CompressedTensorsDequantize.convert`) 8-bit floats are multiplied by the stored scale as it is,
-which is right for channels and tensors but neither for blocks nor for E8M0 exponents, and NVFP4
-loses its global scale.
+Float families were run in transformers. In vLLM-CPU (0.32, AMD without AMX, zentorch 2.13) every
+scheme of `layouts` was run once, on a dense model and on experts, which gives its lines: FP8 needs
+rounded inputs (no kernel for 16-bit ones), per token and beside channel scales (tensor scales and
+static ones want an operator that its build lacks); int8 runs dynamic and static; packed int4 beside
+int8-token by zentorch; experts in int8-channel/int8-token by zentorch; no kernel for FP8 experts or
+blocks without AMX, int4 experts with rounded inputs outside Arm, MX or NVFP4. In transformers'
+experts (`CompressedTensorsDequantize.convert`) 8-bit floats are multiplied by the stored scale as
+it is, which is right for channels and tensors but neither for blocks nor for E8M0 exponents, and
+NVFP4 loses its global scale; their inputs stay as they are. It rounds inputs of linears as bitnest
+does, but for int8-token (divided by 127.5, down to -128) and the exponents of MX.
 """
 
 from __future__ import annotations
@@ -19,7 +25,10 @@ ALL_BITS = (2, 3, 4, 5, 6, 7, 8)
 DENSE_STREAM_BITS = (3, 5, 6, 7)  # packed as one bitstream since compressed-tensors 0.18
 FLOATS = ("fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4")  # families of `layouts`
 INT8 = ("int8/int8-token", "int8/int8-static")
-FP8 = ("fp8/fp8_e4m3-token", "fp8/fp8_e4m3-static")
+FP8 = (
+    "fp8/fp8_e4m3-token", "fp8/fp8_e4m3-static",
+    "fp8-tensor/fp8_e4m3-token", "fp8-tensor/fp8_e4m3-static",
+)  # fmt: skip
 BLOCKS = (
     "fp8-block/fp8_e4m3-g128", "mxfp8/mxfp8", "mxfp4/mxfp4", "mxfp4/fp8_e4m3-token",
     "mxfp4/fp8_e4m3-g128", "nvfp4/nvfp4",
@@ -104,9 +113,11 @@ ENGINES: dict[str, Engine] = {
         expert_asymmetric=False,
         min_top_k=2,
         floats=(),
-        expert_note="4-bit experts on a CPU need AMX, or AMD with zentorch, and bfloat16",
-        inputs=(*INT8, FP8[0], PACKED[0]),
+        expert_note="integer experts on a CPU need AMX, or AMD with zentorch, and bfloat16",
+        inputs=(*INT8, FP8[0]),
         expert_inputs=(INT8[0],),
+        extra_inputs=PACKED[:1],
+        extra="zentorch",
     ),
     "transformers": Engine(
         source="transformers 5.23.0: integrations/compressed_tensors.py",
@@ -120,7 +131,6 @@ ENGINES: dict[str, Engine] = {
         fuses=False,
         to_bfloat16=("mxfp4", "mxfp8", "nvfp4"),
         inputs=(*INT8, *FP8, *BLOCKS, *PACKED, W4AFP8),
-        expert_inputs=(*INT8, *FP8, *BLOCKS, *PACKED, W4AFP8),
         note="transformers decodes the whole model to 16 bit when it first runs",
     ),
 }

@@ -218,8 +218,10 @@ def with_inputs(layout: Layout, inputs: str) -> Layout | None:
 
 
 def scheme(layout: Layout) -> str:
-    """Family and inputs, as the tables of `engines` spell them."""
-    return f"{layout.family}/{layout.inputs}"
+    """Family and inputs, as the tables of `engines` spell them: FP8 with one scale for the matrix
+    is a family of its own there."""
+    whole = "-tensor" if layout.strategy == "tensor" else ""
+    return f"{layout.family}{whole}/{layout.inputs}"
 
 
 def inputs_beside(layout: Layout) -> tuple[str, ...]:

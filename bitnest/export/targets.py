@@ -109,7 +109,9 @@ def _notes(
     said += [engine.expert_note] if of_experts & {"int", "int8"} else []
     said += [engine.float_note] if any(not (lay.integer or lay.inputs) for lay in layouts) else []
     said += [engine.input_note] if any(layout.inputs for layout in layouts) else []
-    said += [engine.fp8_expert_note] if of_experts & {"fp8", "fp8-block"} else []
+    fp8_experts = of_experts & {"fp8", "fp8-block"} and not packed_layout(experts[0]).inputs
+    said += [engine.fp8_expert_note] if fp8_experts else []
+    said += [_requantised(name, packed)] if engine.fuses else []
     extra = {scheme(layout) for layout in layouts} & {*engine.extra_inputs}
     said += [f"{name} runs {p} only with the package {engine.extra}" for p in sorted(extra)]
     widths = {layout.bits for layout in layouts if layout.family == "int"} & {*engine.extra_bits}
@@ -121,6 +123,19 @@ def _notes(
             f"load this {dtype} model with dtype=torch.bfloat16"
         )
     return [note for note in said if note]
+
+
+def _requantised(name: str, packed: Sequence[SiteRecord]) -> str:
+    """What is to be said of FP8 matrices with a scale each that become one."""
+    for family in fused_families(packed):
+        layout = packed_layout(family[0])
+        if layout.family == "fp8" and layout.strategy == "tensor" and len(family) > 1:
+            leaves = "/".join(record.site.name.rpartition(".")[2] for record in family)
+            return (
+                f"{name} rounds {leaves} anew, to the largest of their scales; "
+                "fp8_e4m3-channel keeps the weights as they are"
+            )
+    return ""
 
 
 def _check_all_experts(name: str, records: Sequence[SiteRecord]) -> None:
