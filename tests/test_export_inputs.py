@@ -7,6 +7,7 @@ every refusal caused once. compressed-tensors parses and decodes what is written
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from bitnest import api, demo
 from bitnest.api import exporting
 from bitnest.artifact import Artifact
+from bitnest.cli import main
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.compressed_tensors import export_compressed_tensors
 from bitnest.export.input_scales import shared_scales
@@ -368,6 +370,29 @@ def test_refused_inputs_leave_nothing_and_weights_alone_are_said_to_be(
     assert "14 matrices are rounded in the artifact (int6-g64)" in result.notes[0]
     group = read_config(tmp_path / "e")["config_groups"]["group_0"]
     assert (group["format"], group["input_activations"]) == ("pack-quantized", None)
+
+
+def test_the_command_refuses_unless_weights_alone_are_asked_for(
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    artifact = compress(sources / "dense", tmp_path / "a", "int8-channel/int8-token-c90")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        argv = ["bitnest", "export", str(artifact), "-o", str(tmp_path / "e"), *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    code, out, err = run("--quiet")
+    assert (code, out) == (2, "") and "--weights-only" in err
+    assert not (tmp_path / "e").exists()
+    code, out, _ = run("--quiet", "--json", "--weights-only")
+    assert code == 0 and "int8-token-c90" in json.loads(out)["notes"][0]
 
 
 def test_weights_only_of_an_artifact_without_rounded_inputs_says_nothing(
