@@ -8,7 +8,10 @@ of positions with the same most likely next token is the result. The export is a
 transformers and its logits compared with bitnest's in the model's own type.
 
 The bar is 95 %, not 100 %: vLLM's CPU kernels quantise activations to 8 bits. The floor is what
-bitnest itself agrees with when it computes in the model's type instead of float32.
+bitnest itself agrees with when it computes in the model's type instead of float32. Where the
+artifact rounds inputs, bitnest's model is the integer-exact emulation. How far it agrees with the
+same weights and inputs left alone says what of the agreement is due to rounding in the same way:
+little at 8 bits, whose rounding moves few tokens.
 
 stdout ends with one JSON line. Left out: speed, which `benchmarks/` measures elsewhere.
 """
@@ -56,7 +59,9 @@ class Agreement:
     vllm_agrees: vLLM with bitnest in float32. floor: bitnest in the model's type with float32.
     transformers_agrees: transformers' load of the export with bitnest, both in the model's type;
     None if it cannot load this export. max_logit_difference: the largest between those two.
-    logit_std: of bitnest's logits.
+    logit_std: of bitnest's logits. unrounded_*: with bitnest in float32, its inputs left alone,
+    of vLLM, of bitnest in float32 with them rounded, of transformers with bitnest in the model's
+    type; None where no inputs are rounded.
     """
 
     positions: int
@@ -65,6 +70,9 @@ class Agreement:
     transformers_agrees: float | None
     max_logit_difference: float | None
     logit_std: float
+    unrounded_vllm: float | None = None
+    unrounded_own: float | None = None
+    unrounded_transformers: float | None = None
 
 
 def prompts(artifact: Path, text: Path) -> list[list[int]]:
@@ -89,10 +97,17 @@ def vllm_top(python: Path, export: Path, tokens: list[list[int]]) -> dict[str, A
             command, capture_output=True, text=True, env=os.environ, check=False, cwd=place
         )
         if not answers.exists():
+            causes = [
+                x for x in done.stdout.splitlines() + done.stderr.splitlines() if "Error:" in x
+            ]
+            print(
+                "vllm refused: " + (causes[0].partition("] ")[2] if causes else "no reason given")
+            )
             raise SystemExit(f"vLLM did not finish:\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
         for line in (done.stdout + done.stderr).splitlines():
-            if "Using " in line and any(w in line for w in ("Kernel", "MoE", "qlinear")):
-                print("vllm: Using " + line.partition("Using ")[2])
+            for word in ("Using ", "Selected "):
+                if word in line and any(w in line for w in ("Kernel", "MoE", "qlinear")):
+                    print(f"vllm: {word}" + line.partition(word)[2])
         answer: dict[str, Any] = json.loads(answers.read_text(encoding="utf-8"))
         return answer
 
@@ -115,18 +130,34 @@ def compare(artifact: Path, export: Path, tokens: list[list[int]], top: Any) -> 
     from bitnest.errors import TargetError
     from bitnest.export.targets import check_engine
     from bitnest.packed.loading import load_model
+    from bitnest.packed.modules import inputs_unrounded
 
-    exact = logits(load_model(artifact, dtype=torch.float32), tokens)
-    own = logits(load_model(artifact), tokens)
+    records = Artifact.open(artifact).records
+    model = load_model(artifact, dtype=torch.float32)
+    exact = logits(model, tokens)
+    with inputs_unrounded(model):
+        alone = logits(model, tokens)
+    model = load_model(artifact)
+    own = logits(model, tokens)
+    with inputs_unrounded(model):
+        own_alone = logits(model, tokens)
     best = exact.argmax(-1)
     try:
-        check_engine("transformers", Artifact.open(artifact).records, {})
+        check_engine("transformers", records, {})
         model = AutoModelForCausalLM.from_pretrained(export, dtype="auto").eval()
         other = logits(model, tokens)
     except TargetError as error:
         print(f"transformers left out: {error.what}")
         other = None
+    unrounded: dict[str, float | None] = {}
+    if any(record.inputs for record in records):
+        unrounded["unrounded_vllm"] = _share(alone.argmax(-1) == torch.tensor(top))
+        unrounded["unrounded_own"] = _share(alone.argmax(-1) == best)
+        if other is not None:
+            same = own_alone.argmax(-1) == other.argmax(-1)
+            unrounded["unrounded_transformers"] = _share(same)
     return Agreement(
+        **unrounded,
         positions=best.numel(),
         vllm_agrees=_share(best == torch.tensor(top)),
         floor=_share(best == own.argmax(-1)),

@@ -828,4 +828,5 @@ def test_engines_follow_the_export_rules() -> None:
     assert "transformers" not in engines("int4-g128-asym")
     for name in ("int4-g128@had64", "int4-g128+lorc16", "nf4-g64", "int4-g32-dq", "int8-tensor"):
         assert engines(name) == ["bitnest"]
+    assert "vllm-cpu with fp8_e4m3-token" in engines("fp8-channel")
     assert "vllm-cuda" in engines("nvfp4") and engines("nvint4") == ["bitnest"]

@@ -305,6 +305,7 @@ def test_short_last_group_of_floats_is_refused(tmp_path: Path, fmt: str, group: 
 @pytest.mark.parametrize(
     ("engine", "fmt", "rules", "message"),
     [
+        ("vllm-cpu", "int4-g32", ["kind:attention=fp8-channel"], "fp8 weights"),
         ("vllm-cpu", "int4-g32", ["kind:attention=mxfp4"], "mxfp4 weights"),
         ("vllm-cpu", "int4-g32", ["kind:attention=mxfp8"], "mxfp8 weights"),
         ("vllm-cpu", "int4-g32", ["kind:attention=nvfp4"], "nvfp4 weights"),
@@ -330,7 +331,6 @@ def test_engine_limits_are_refused_by_name(
 @pytest.mark.parametrize(
     ("engine", "fmt", "rules"),
     [
-        ("vllm-cpu", "int4-g32", ["kind:attention=fp8-channel"]),
         ("vllm-cuda", "mxfp4", ["kind:attention=fp8-tensor"]),
         ("vllm-cuda", "mxfp8", ["*.o_proj=nvfp4"]),
         ("vllm-cuda", "fp8-channel", []),

@@ -49,6 +49,7 @@ def export(
     *,
     engine: str | None = None,
     verify: bool = True,
+    weights_only: bool = False,
     bits: int | None = None,
     group: int | str | None = None,
     method: str = "gptq",
@@ -64,7 +65,9 @@ def export(
 ) -> ExportResult:
     """Write `artifact` as a compressed-tensors directory; see `bitnest.export`.
 
-    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run. bits: of a
+    engine: vllm-cuda, vllm-cpu or transformers: refuse before work what it cannot run.
+    weights_only: leave inputs in 16 bit that the artifact rounds; without it they are rounded in
+    the export too, or it is refused. bits: of a
     nested artifact, the width it is quantised anew at, from the widest it has. group: input
     channels per scale then, or `channel`; None means 128. Sites that are not nested keep a format
     that exports, dense ones stay dense. kv: the engine's KV cache, `fp8` or `none`; None means what
@@ -106,11 +109,13 @@ def export(
             )
     if bits is None:
         done = export_compressed_tensors(
-            source, out, engine=engine, verify=verify, kv_scales=scales()
-        )
+            source, out, engine=engine, verify=verify, kv_scales=scales(),
+            weights_only=weights_only,
+        )  # fmt: skip
         return replace(done, notes=(*done.notes, *notes))
     name = _format_name(bits, group)
     checkpoint = DecodedCheckpoint.of(_nested(source))
+    dropped = _dropped_inputs(checkpoint.artifact, weights_only)
     if not is_empty(out):
         raise in_the_way(out)
     recipe = Recipe(format=name, method=method, seed=seed)
@@ -122,7 +127,7 @@ def export(
     found = scales()
     with _workshop(out) as place:
         done = _requantise(job, place, out, engine, verify, progress, found)
-        return replace(done, notes=(*done.notes, *notes))
+    return replace(done, notes=(*dropped, *done.notes, *notes))
 
 
 def _cache(source: Path, kv: str | None, engine: str | None) -> tuple[KVFormat | None, list[str]]:
@@ -174,6 +179,25 @@ def _kv_scales(
         progress.phase("calibrate KV scales", len(found.tokens))
     step = None if progress is None else progress.step
     return calibrate_scales(model, found.tokens, kv, step=step)
+
+
+def _dropped_inputs(artifact: Artifact, weights_only: bool) -> list[str]:
+    """What to say of rounded inputs, which weights quantised anew do not have.
+
+    Raises:
+        TargetError: there are some, and nobody asked for weights alone.
+    """
+    from bitnest.export.input_scales import without_inputs
+
+    rounded = next((record for record in artifact.records if record.inputs), None)
+    if rounded is not None and not weights_only:
+        raise TargetError(
+            f"--bits quantises weights anew; inputs are rounded here ({rounded.inputs}) and would "
+            "not be there",
+            where=rounded.site.name,
+            hint="--weights-only leaves them in 16 bit; or compress the original to what is wanted",
+        )
+    return without_inputs(artifact.records)[1]
 
 
 def _format_name(bits: int, group: int | str | None) -> str:

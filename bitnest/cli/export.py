@@ -15,6 +15,9 @@ def command(
     engine: str = typer.Option(
         None, "--for", help="Refuse what it cannot run: vllm-cuda, vllm-cpu or transformers."
     ),
+    weights_only: bool = typer.Option(
+        False, "--weights-only", help="Leave inputs in 16 bit that the artifact rounds."
+    ),
     bits: int = typer.Option(
         None,
         "--bits",
@@ -54,6 +57,8 @@ def command(
 ) -> None:
     """Write an artifact as compressed-tensors, for vLLM and transformers, and verify it.
 
+    Inputs that the artifact rounds as the model runs are rounded by the engine too, or refused.
+
     A nested artifact needs --bits: its weights are requantised from the widest width that is
     there (8 bits, mostly), whose own error is added. Quantising the original model directly does
     without it: do that if you have it.
@@ -68,9 +73,10 @@ def command(
         say("calibrating on the embedded text; your own, by --data, fits your use better")
     with Bars(quiet) as bars:
         result = api.export(
-            artifact, out, engine=engine, verify=verify, bits=bits, group=group, method=method,
-            data=data, samples=samples, length=length, seed=seed, kv=kv, memory=parse_size(memory),
-            device=device, trust_remote_code=trust_remote_code, progress=bars,
+            artifact, out, engine=engine, verify=verify, weights_only=weights_only, bits=bits,
+            group=group, method=method, data=data, samples=samples, length=length, seed=seed, kv=kv,
+            memory=parse_size(memory), device=device, trust_remote_code=trust_remote_code,
+            progress=bars,
         )  # fmt: skip
     if json:
         print_json(result.to_json())

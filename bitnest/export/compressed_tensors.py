@@ -11,8 +11,10 @@ Everything is checked before anything is written. The directory is written besid
 back and compared with the artifact weight by weight (verify.py), and only then renamed; after an
 error nothing of it remains. The compressed-tensors package is not needed.
 
-Left out: activation schemes, and packed experts of families whose checkpoints keep them in one
-tensor.
+Inputs that the artifact rounds are rounded by the engine (inputs.py), or the export is refused, or
+it was asked for without them.
+
+Left out: packed experts of families whose checkpoints keep them in one tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from bitnest.artifact import Artifact, site_tensors
 from bitnest.checkpoint import config_dtype, main_dtype
 from bitnest.errors import ArtifactError, TargetError
 from bitnest.export.engines import DENSE_STREAM_BITS
+from bitnest.export.input_scales import shared_scales, without_inputs
 from bitnest.export.kv_scales import SCHEME, scale_entries
 from bitnest.export.layouts import packed_format, packed_layout
 from bitnest.export.rules import check_layout, decoded_sites, formats_of, packed_sites
@@ -110,13 +113,15 @@ def export_compressed_tensors(
     engine: str | None = None,
     verify: bool = True,
     kv_scales: Scales | None = None,
+    weights_only: bool = False,
 ) -> ExportResult:
     """Write the artifact in `artifact_path` as a compressed-tensors model directory `out`.
 
     engine: refuse what this engine (see `engines.ENGINES`) cannot run; None refuses only what the
     files cannot say and turns engines' limits into notes. verify: decode every weight of the
     finished files by other code and compare bit for bit. kv_scales: of a KV cache in 8-bit floats
-    (`kv_scales.py`), None for the model's own cache.
+    (`kv_scales.py`), None for the model's own cache. weights_only: leave inputs in 16 bit that the
+    artifact rounds.
 
     Raises:
         TargetError: a site that the format or the engine cannot take; nothing was written.
@@ -125,11 +130,15 @@ def export_compressed_tensors(
     """
     artifact, out = Artifact.open(artifact_path), Path(out)
     config = _read_json(artifact.path / CONFIG)
-    check_layout(artifact.records)
+    records, said = without_inputs(artifact.records) if weights_only else (artifact.records, [])
+    check_layout(records)
+    records, shared = shared_scales(records)
+    artifact = replace(artifact, records=records)
     dense = _dense_tensors(artifact)
     dtype = _model_dtype(config, dense)
     scales = _global_scales(artifact)
     notes, scheme = check_export(artifact.records, config, dense, engine, scales)
+    notes = [*said, *shared, *notes]
     if kv_scales is not None:
         scheme["kv_cache_scheme"] = dict(SCHEME)
     config["quantization_config"] = scheme

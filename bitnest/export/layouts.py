@@ -2,6 +2,7 @@
 
     ours                     file format            library's scheme
     int2..8, 16-bit scales   pack-quantized         WnA16, per group of a row or per row
+    int8-channel, int8-*     int-quantized          INT8_W8A8: where inputs are rounded too
     fp8_e4m3-channel         float-quantized        FP8_DYNAMIC's weights
     fp8_e4m3-tensor          float-quantized        FP8's weights
     fp8_e4m3-b128x128        float-quantized        FP8_BLOCK's weights
@@ -9,9 +10,10 @@
     mxfp4                    mxfp4-pack-quantized   MXFP4A16
     nvfp4                    nvfp4-pack-quantized   NVFP4A16
 
-Every scheme is weight-only, and each names its file format: left to itself the library takes FP8
-without activations for `naive-quantized`, the same bytes under another name. How the tensors look
-is in `tensors`.
+Each names its file format: left to itself the library takes FP8 without activations for
+`naive-quantized`, the same bytes under another name, and integers with activations for
+`int-quantized`, a byte for 4 bits. What inputs can be rounded to is in `inputs`, how the tensors
+look in `tensors`.
 
 Left out: mxfp6 (`mxfp6-pack-quantized` of compressed-tensors 0.20, which no engine of `engines` is
 known to run), and rotations, which the library puts in a `transform_config` beside the weights.
@@ -19,11 +21,13 @@ known to run), and rotations, which the library puts in a `transform_config` bes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from bitnest.errors import TargetError
+from bitnest.export.inputs import E4M3 as E4M3_INPUTS
+from bitnest.export.inputs import input_arguments, library_name, scale_tensor
 from bitnest.formats import (
     AnyFormat,
     BlockFormat,
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 PACKED_INT, MIXED = "pack-quantized", "mixed-precision"
 FORMATS = {
     "int": PACKED_INT,
+    "int8": "int-quantized",
     "fp8": "float-quantized",
     "fp8-block": "float-quantized",
     "mxfp8": "mxfp8-quantized",
@@ -61,6 +66,10 @@ NESTED_HINT = (
     "bitnest export ARTIFACT --bits 4 -o OUT quantises its widest width anew, as integers "
     "(adding that width's error: if you have the original, compress that with --format int4-g128)"
 )
+INPUTS_HINT = (
+    "compress with --inputs that engines have (int8-token beside int8-channel, fp8_e4m3-token "
+    "beside fp8_e4m3-channel), export the weights alone by --weights-only, or use bitnest serve"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Layout:
     """One scheme; weights with equal layouts are read alike.
 
     family: a key of FORMATS. bits, symmetric, strategy, group: as in the library's arguments.
+    inputs: what inputs are rounded to, a name of `inputs`, empty for nothing.
     """
 
     family: str
@@ -75,6 +85,7 @@ class Layout:
     symmetric: bool
     strategy: str
     group: int | None
+    inputs: str = ""
 
     @property
     def format(self) -> str:
@@ -82,11 +93,26 @@ class Layout:
         return FORMATS[self.family]
 
     @property
+    def integer(self) -> bool:
+        """Whether codes are integers."""
+        return self.family in {"int", "int8"}
+
+    @property
+    def input_arguments(self) -> dict[str, Any] | None:
+        """The library's QuantizationArgs of inputs, None if they are left alone."""
+        return input_arguments(self.inputs) if self.inputs else None
+
+    @property
+    def input_tensor(self) -> str:
+        """Name of the tensor of the inputs' static scale, empty if there is none."""
+        return scale_tensor(self.inputs) if self.inputs else ""
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The library's QuantizationArgs, as it would write them."""
         arguments: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "int" if self.family == "int" else "float",
+            "type": "int" if self.integer else "float",
             "symmetric": self.symmetric,
             "strategy": self.strategy,
             "group_size": self.group,
@@ -104,12 +130,13 @@ class Layout:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of a weight's tensors."""
+        static = (self.input_tensor,) if self.input_tensor else ()
         if self.family == "int":
             zeros = () if self.symmetric else ("weight_zero_point",)
-            return ("weight_packed", "weight_scale", "weight_shape", *zeros)
+            return ("weight_packed", "weight_scale", "weight_shape", *zeros, *static)
         codes = "weight" if self.bits == 8 else "weight_packed"
         more = ("weight_global_scale",) if self.family == "nvfp4" else ()
-        return (codes, "weight_scale", *more)
+        return (codes, "weight_scale", *more, *static)
 
 
 def packed_format(record: SiteRecord) -> BlockFormat:
@@ -148,8 +175,15 @@ def layout_of(record: SiteRecord) -> Layout | None:
 
 
 def _read(record: SiteRecord) -> tuple[BlockFormat, Layout]:
-    found = _parsed(record.format)
+    found = _parsed(record.format, record.inputs)
     if isinstance(found, str):
+        if record.inputs and not isinstance(_parsed(record.format, ""), str):
+            raise TargetError(
+                f"inputs rounded to '{record.inputs}' do not export with weights of "
+                f"{record.format}: {found}",
+                where=record.site.name,
+                hint=INPUTS_HINT,
+            )
         raise TargetError(
             f"format '{record.format}' does not export: {found}",
             where=record.site.name,
@@ -159,11 +193,58 @@ def _read(record: SiteRecord) -> tuple[BlockFormat, Layout]:
 
 
 @cache
-def _parsed(name: str) -> tuple[BlockFormat, Layout] | str:
+def _parsed(name: str, inputs: str) -> tuple[BlockFormat, Layout] | str:
     """The format and its layout, or what the file format has no place for."""
     fmt = parse_format(name)
-    layout = layout_for(fmt) if isinstance(fmt, BlockFormat) else None
-    return (fmt, layout) if isinstance(fmt, BlockFormat) and layout else _missing(fmt)
+    alone = layout_for(fmt) if isinstance(fmt, BlockFormat) else None
+    if not isinstance(fmt, BlockFormat) or alone is None:
+        return _missing(fmt)
+    found = with_inputs(alone, inputs)
+    if found is None:
+        names = ", ".join(inputs_beside(alone))
+        return f"engines have {names} beside these" if names else "engines round none beside these"
+    return fmt, found
+
+
+def with_inputs(layout: Layout, inputs: str) -> Layout | None:
+    """The layout beside inputs of our format `inputs`, None if the files or all engines lack it."""
+    if not inputs:
+        return layout
+    name = library_name(inputs)
+    if name not in inputs_beside(layout):
+        return None
+    family = "int8" if layout.family == "int" and _is_w8(layout) else layout.family
+    return replace(layout, family=family, inputs=name)
+
+
+def scheme(layout: Layout) -> str:
+    """Family and inputs, as the tables of `engines` spell them: FP8 with one scale for the matrix
+    is a family of its own there."""
+    whole = "-tensor" if layout.strategy == "tensor" else ""
+    return f"{layout.family}{whole}/{layout.inputs}"
+
+
+def inputs_beside(layout: Layout) -> tuple[str, ...]:
+    """Inputs that go with weights of a layout."""
+    token, static, grouped = (f"{E4M3_INPUTS}-{grain}" for grain in ("token", "static", "g128"))
+    if layout.family == "int":
+        if _is_w8(layout):
+            return ("int8-token", "int8-static")
+        narrow = ("int4-token",) if layout.bits <= 4 else ()
+        float8 = layout.bits == 4 and layout.symmetric and layout.group == BLOCK
+        return ("int8-token", *narrow, *((token,) if float8 else ()))
+    return {
+        "fp8": (token, static),
+        "fp8-block": (grouped,),
+        "mxfp8": ("mxfp8",),
+        "mxfp4": ("mxfp4", token, grouped),
+        "nvfp4": ("nvfp4",),
+    }[layout.family]
+
+
+def _is_w8(layout: Layout) -> bool:
+    """Whether the integers are those of W8A8: one scale per row, no zero points."""
+    return layout.bits == 8 and layout.group is None and layout.symmetric
 
 
 def layout_for(fmt: BlockFormat) -> Layout | None:

@@ -5,6 +5,7 @@ It shares no line with `kernels` or with compressed-tensors. With b bits, g the 
     pack-quantized   code[o, i]  = bits [i*b, (i+1)*b) of row o's little-endian bitstream
                      zero[o, j]  = bits [o*b, (o+1)*b) of column j's bitstream, 2^(b-1) if symmetric
                      weight[o,i] = (code - zero) * scale[o, i // g]
+    int-quantized    weight[o,i] = code[o, i] * scale[o], the code a signed byte
     FP8              bits s EEEE MMM: +-2^(E-7) * (1 + M/8), or +-2^-6 * M/8 where E = 0
     FP4              bits s EEM: +-(0 .5 1 1.5 2 3 4 6)[EEM]; an even column is the low nibble
     E8M0             2^(u - 127)
@@ -46,8 +47,11 @@ def decode(state: State, scheme: Mapping[str, Any]) -> np.ndarray:
 
 
 def read_stored(state: State, scheme: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Of float weights, the values of the codes (O, I) and the scales as stored, float32."""
+    """Of weights that are not packed integers, the values of the codes (O, I) and the scales as
+    stored, float32."""
     kind, scale = scheme["format"], state["weight_scale"]
+    if kind == "int-quantized":
+        return state["weight"].numpy().astype(np.float32), scale.float().numpy()
     if kind == "float-quantized":
         return _fp8(state["weight"]), scale.float().numpy()
     if kind == "nvfp4-pack-quantized":

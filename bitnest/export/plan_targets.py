@@ -37,7 +37,7 @@ NATIVE = (
 INTEGERS = tuple(f"int{bits}-g128" for bits in (2, 3, 4, 5, 6, 8))
 CANDIDATES = {
     "vllm-cuda": (*INTEGERS, "mxfp4", "nvfp4", "fp8_e4m3-channel"),
-    "vllm-cpu": ("int4-g128", "int4-g32", "fp8_e4m3-channel"),
+    "vllm-cpu": ("int4-g128", "int4-g32"),
     "transformers": INTEGERS,
 }
 GGUF = {

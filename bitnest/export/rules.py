@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from bitnest.errors import TargetError
+from bitnest.export.inputs import input_group
 from bitnest.export.layouts import layout_kind, layout_of, packed_format, packed_layout
+from bitnest.formats.inputs import joined_name
 from bitnest.kinds import ENDS
 from bitnest.manifest import SiteRecord
 
@@ -82,11 +84,15 @@ def check_one_scheme(family: Sequence[SiteRecord], rule: str, hint: str) -> None
     for record in family[1:]:
         if layout_of(record) != layout_of(family[0]):
             raise TargetError(
-                f"{rule}, but {family[0].site.name} is {family[0].format} "
-                f"and this is {record.format}",
+                f"{rule}, but {family[0].site.name} is {_spelt(family[0])} "
+                f"and this is {_spelt(record)}",
                 where=record.site.name,
                 hint=hint,
             )
+
+
+def _spelt(record: SiteRecord) -> str:
+    return joined_name(record.format, record.inputs)
 
 
 def check_site_storage(record: SiteRecord) -> None:
@@ -117,6 +123,14 @@ def check_site_storage(record: SiteRecord) -> None:
 
 def _check_groups(record: SiteRecord) -> None:
     layout, columns = packed_layout(record), record.site.shape[1]
+    width = input_group(layout.inputs) if layout.inputs else None
+    if width is not None and columns % width:
+        raise TargetError(
+            f"{columns} input channels do not divide into groups of {width}, which their inputs "
+            f"({record.inputs}) are rounded in",
+            where=record.site.name,
+            hint=f"give it another format: --rule '{record.site.name}=fp8-channel/fp8-token'",
+        )
     if layout.group is None or columns % layout.group == 0:
         return
     if layout.family == "int":
@@ -146,9 +160,9 @@ def _check_experts(records: Sequence[SiteRecord]) -> None:
 
 
 def formats_of(records: Iterable[SiteRecord]) -> dict[str, int]:
-    """Formats of the packed sites, with counts."""
+    """Formats of the packed sites and their inputs, with counts."""
     counts: dict[str, int] = {}
     for record in packed_sites(records):
-        name = packed_format(record).name
+        name = joined_name(packed_format(record).name, record.inputs)
         counts[name] = counts.get(name, 0) + 1
     return counts

@@ -14,7 +14,10 @@ none a dense one, is checked by enumeration.
 Engines look up a layer's experts by the name of expert 0, so patterns say any expert number: the
 layer's experts share one scheme, as `rules.check_layout` made sure.
 
-Left out: activations, which stay 16-bit, and the KV cache, see `kv_scales.py`.
+Matrices whose inputs are not rounded have a group without `input_activations`, whatever the others
+have.
+
+Left out: rounded outputs; for the KV cache see `kv_scales.py`.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ def _layouts(packed: Sequence[SiteRecord]) -> list[Layout]:
     transformers reads experts by the first group whose patterns contain "experts", which those of
     `shared_experts` do too.
     """
-    ordered = sorted(packed, key=lambda record: (record.site.kind != "expert", record.format))
+    ordered = sorted(packed, key=lambda r: (r.site.kind != "expert", r.format, r.inputs))
     return list(dict.fromkeys(packed_layout(record) for record in ordered))
 
 
@@ -100,7 +103,7 @@ def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": layout.format,
-        "input_activations": None,
+        "input_activations": layout.input_arguments,
         "output_activations": None,
         "weights": layout.arguments,
     }

@@ -8,7 +8,7 @@ for an artifact, before an export is written.
 from __future__ import annotations
 
 from bitnest.export.engines import ENGINES, Engine
-from bitnest.export.layouts import Layout, layout_for
+from bitnest.export.layouts import Layout, inputs_beside, layout_for, scheme, with_inputs
 from bitnest.formats import AnyFormat, BlockFormat, DenseFormat
 
 OWN = "bitnest"  # its own runtime decodes every format
@@ -16,7 +16,8 @@ KERNEL = "reference"  # which of its kernels does: decode to a dense matrix, the
 
 
 def engines_of(fmt: AnyFormat) -> list[str]:
-    """Engines that run `fmt`, bitnest first; `vllm-cuda with humming` names what must be added."""
+    """Engines that run `fmt`, bitnest first; `vllm-cuda with humming` names what must be added,
+    `vllm-cpu with int8-token` inputs without which it does not run these weights."""
     if isinstance(fmt, DenseFormat):
         return [OWN, *ENGINES]
     layout = layout_for(fmt) if isinstance(fmt, BlockFormat) else None
@@ -34,9 +35,18 @@ def kernel_of(fmt: AnyFormat) -> str:
 def _spelt(name: str, engine: Engine, layout: Layout) -> str:
     """The engine's name if it runs linears of that layout, with what it needs; else nothing."""
     if layout.family != "int":
-        return name if layout.family in engine.floats else ""
+        return name if layout.family in engine.floats else _beside(name, engine, layout)
     if layout.bits in engine.extra_bits:
         return f"{name} with {engine.extra.split()[0]}"
     widths = engine.bits if layout.symmetric else engine.asymmetric_bits
     grouped = not engine.groups or layout.group in engine.groups
-    return name if layout.bits in widths and grouped else ""
+    alone = layout.bits in widths and grouped
+    return name if alone else _beside(name, engine, layout)
+
+
+def _beside(name: str, engine: Engine, layout: Layout) -> str:
+    """The engine's name with the first inputs that it runs such weights beside."""
+    for inputs in inputs_beside(layout):
+        if (found := with_inputs(layout, inputs)) and scheme(found) in engine.inputs:
+            return f"{name} with {inputs}"
+    return ""

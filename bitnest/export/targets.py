@@ -21,7 +21,7 @@ from typing import Any
 
 from bitnest.errors import TargetError
 from bitnest.export.engines import ENGINES, Engine
-from bitnest.export.layouts import BLOCK, Layout, packed_layout
+from bitnest.export.layouts import BLOCK, Layout, packed_layout, scheme
 from bitnest.export.rules import check_one_scheme, fused_families, packed_sites
 from bitnest.manifest import SiteRecord
 
@@ -106,9 +106,14 @@ def _notes(
     families = {layout.family for layout in layouts}
     of_experts = {packed_layout(record).family for record in experts}
     said = [engine.note]
-    said += [engine.expert_note] if "int" in of_experts else []
-    said += [engine.float_note] if families - {"int"} else []
-    said += [engine.fp8_expert_note] if of_experts & {"fp8", "fp8-block"} else []
+    said += [engine.expert_note] if of_experts & {"int", "int8"} else []
+    said += [engine.float_note] if any(not (lay.integer or lay.inputs) for lay in layouts) else []
+    said += [engine.input_note] if any(layout.inputs for layout in layouts) else []
+    fp8_experts = of_experts & {"fp8", "fp8-block"} and not packed_layout(experts[0]).inputs
+    said += [engine.fp8_expert_note] if fp8_experts else []
+    said += [_requantised(name, packed)] if engine.fuses else []
+    extra = {scheme(layout) for layout in layouts} & {*engine.extra_inputs}
+    said += [f"{name} runs {p} only with the package {engine.extra}" for p in sorted(extra)]
     widths = {layout.bits for layout in layouts if layout.family == "int"} & {*engine.extra_bits}
     if widths:
         said.append(f"{name} runs {_widths(widths)} only with the package {engine.extra}")
@@ -118,6 +123,19 @@ def _notes(
             f"load this {dtype} model with dtype=torch.bfloat16"
         )
     return [note for note in said if note]
+
+
+def _requantised(name: str, packed: Sequence[SiteRecord]) -> str:
+    """What is to be said of FP8 matrices with a scale each that become one."""
+    for family in fused_families(packed):
+        layout = packed_layout(family[0])
+        if layout.family == "fp8" and layout.strategy == "tensor" and len(family) > 1:
+            leaves = "/".join(record.site.name.rpartition(".")[2] for record in family)
+            return (
+                f"{name} rounds {leaves} anew, to the largest of their scales; "
+                "fp8_e4m3-channel keeps the weights as they are"
+            )
+    return ""
 
 
 def _check_all_experts(name: str, records: Sequence[SiteRecord]) -> None:
@@ -162,7 +180,16 @@ def _check_fused(
 
 def _check_site(name: str, engine: Engine, record: SiteRecord) -> None:
     layout = packed_layout(record)
-    if layout.family == "int":
+    if broken := _input_limits(engine, layout, record):
+        raise TargetError(
+            f"{name} {broken}",
+            where=record.site.name,
+            hint="compress for another engine's rules, leave these inputs alone "
+            f"(--rule '{record.site.name}={record.format}/dense'), or use bitnest serve",
+        )
+    if layout.family == "int8":
+        broken = ""
+    elif layout.family == "int":
         broken = _int_limits(engine, layout, record)
     else:
         broken = _float_limits(engine, layout, record)
@@ -175,9 +202,21 @@ def _check_site(name: str, engine: Engine, record: SiteRecord) -> None:
         )
 
 
+def _input_limits(engine: Engine, layout: Layout, record: SiteRecord) -> str:
+    expert = record.site.kind == "expert"
+    runs = engine.expert_inputs if expert else (*engine.inputs, *engine.extra_inputs)
+    if not layout.inputs or scheme(layout) in runs:
+        return ""
+    return (
+        f"does not run {record.format} {'experts' if expert else 'weights'} with inputs rounded to "
+        f"{record.inputs}"
+    )
+
+
 def _float_limits(engine: Engine, layout: Layout, record: SiteRecord) -> str:
     expert = record.site.kind == "expert"
-    if layout.family not in (engine.expert_floats if expert else engine.floats):
+    runs = engine.expert_floats if expert else engine.floats
+    if not layout.inputs and layout.family not in runs:
         return f"does not run {layout.family} {'experts' if expert else 'weights'}"
     if engine.fuses and layout.family == "fp8-block" and record.site.shape[1] % BLOCK:
         return f"runs blocks over multiples of {BLOCK} input channels, not {record.site.shape[1]}"

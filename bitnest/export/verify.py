@@ -9,8 +9,9 @@ of the layout alone. Either is compared bit for bit with the artifact's weights 
                artifact's decode to bfloat16
 
 Floats are compared as stored too, by the numpy decoder in any case: the value of every code, every
-scale in float32, every NVFP4 global scale. Tensors are read by the safetensors library, one weight
-at a time.
+scale in float32, every NVFP4 global scale. Of rounded inputs, the arguments in the config and the
+static scales are held against the artifact's. Tensors are read by the safetensors library, one
+weight at a time.
 
 Left out: running the model; `benchmarks/vllm_agreement.py` does that.
 """
@@ -29,6 +30,7 @@ from safetensors import safe_open
 
 from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError
+from bitnest.export.input_scales import stored_scale
 from bitnest.export.layouts import packed_format, packed_layout
 from bitnest.export.numpy_decoder import State, decode, read_stored
 from bitnest.export.rules import packed_sites
@@ -68,7 +70,7 @@ def verify_export(
         kind = torch.bfloat16 if package and family in BFLOAT16_ONLY else dtype
         expected = decode_artifact(tensors, packed_format(record), record.site.shape, kind)
         same = _same_bits(decoder(name, state), expected)
-        if family != "int":
+        if not packed_layout(record).integer:
             same = same and _same_stored(record, tensors, state, quantization)
         if not same:
             raise ArtifactError(
@@ -76,6 +78,7 @@ def verify_export(
                 where=f"{name} in {export}",
                 hint="this is a bug in the exporter or a damaged disk; the export was removed",
             )
+        _check_inputs(record, state, quantization, export)
         count += 1
     how = "compressed-tensors " + metadata.version("compressed-tensors") if package else "numpy"
     return count, how
@@ -127,6 +130,25 @@ def _group(config: dict[str, Any], name: str) -> dict[str, Any]:
         raise ArtifactError("the config has no scheme for a weight", where=name)
     found: dict[str, Any] = config["config_groups"][group]
     return found
+
+
+def _check_inputs(record: SiteRecord, state: State, config: dict[str, Any], export: Path) -> None:
+    """Refuse inputs that the files round in another way than the artifact.
+
+    Raises:
+        ArtifactError: they do.
+    """
+    layout = packed_layout(record)
+    same = _group(config, record.site.name)["input_activations"] == layout.input_arguments
+    if layout.input_tensor:
+        expected = torch.tensor([stored_scale(record)], dtype=torch.float32)
+        same = same and _same_bits(state[layout.input_tensor], expected)
+    if not same:
+        raise ArtifactError(
+            "the exported inputs are not rounded as the artifact's",
+            where=f"{record.site.name} in {export}",
+            hint="this is a bug in the exporter or a damaged disk; the export was removed",
+        )
 
 
 def _same_stored(
