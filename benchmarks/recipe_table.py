@@ -21,6 +21,11 @@ from typing import Any
 from benchmarks.predicted_kl import machine
 
 PLAIN = ("int4-g128", "int6-g128", "int8-channel")  # weights alone
+# what `w4ax-fmpq` lies between: all of its inputs in INT4, and all in INT8
+ENDS_OF_FMPQ: dict[str, dict[str, Any]] = {
+    f"w4a{bits}": {"format": "int4-g128@perm", "inputs": f"int{bits}-g128", "kv": "int4"}
+    for bits in (4, 8)
+}
 # recipe -> most that perplexity may rise over the model's, or over another row's
 BARS: dict[str, tuple[float, str]] = {
     "w8a8-int8": (0.005, ""),
@@ -50,8 +55,8 @@ def main() -> None:
     work = args.work or Path(tempfile.mkdtemp(prefix="bitnest-recipes-"))
     work.mkdir(parents=True, exist_ok=True)
     wanted: list[tuple[str, dict[str, Any]]] = [(name, {"format": name}) for name in PLAIN]
-    wanted += [(name, own) for name, own in rounding_recipes().items()
-               if not args.recipe or name in args.recipe]  # fmt: skip
+    recipes = {**rounding_recipes(), **ENDS_OF_FMPQ}
+    wanted += [(n, own) for n, own in recipes.items() if not args.recipe or n in args.recipe]
     made = {name: make(args, work, name, options, data) for name, options in wanted}
     report(rows(args, made, held_out))
 
@@ -73,6 +78,13 @@ def make(
     out = work / name
     started = time.monotonic()
     if not out.exists():
+        if "input_bits" in options:  # planned by measured losses
+            statistics = work / f"{name}-statistics"
+            if not statistics.exists():
+                api.analyze(args.model, statistics, data=data, formats=[options["format"]],
+                            inputs=options["inputs"], samples=args.samples,
+                            length=args.length)  # fmt: skip
+            options = {**options, "statistics": statistics}
         api.compress(args.model, out, data=data, samples=args.samples, length=args.length,
                      **options)  # fmt: skip
         sys.stderr.write(f"{name}: {time.monotonic() - started:.0f} s\n")
