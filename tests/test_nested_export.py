@@ -371,8 +371,8 @@ import os, signal, sys
 from bitnest import api
 from bitnest.quantize import compress
 real = compress._Run._store
-def store(self, layer, solved):
-    real(self, layer, solved)
+def store(self, layer, solved, rounders):
+    real(self, layer, solved, rounders)
     if layer == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 compress._Run._store = store
