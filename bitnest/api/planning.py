@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bitnest.api.input_planning import asked_inputs, measured_inputs
 from bitnest.checkpoint import resolve_model
 from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
+from bitnest.formats import integer
 from bitnest.kinds import ENDS
 from bitnest.lora import name_with
 from bitnest.packed.decoded import open_checkpoint
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from bitnest.formats import AnyFormat
+    from bitnest.formats.inputs import InputFormat
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.allocation.budget import Budget
@@ -296,7 +298,7 @@ def open_planner(
         recipe = Recipe(format=format, rules=tuple(Rule.parse(rule) for rule in rules))
         checkpoint = open_checkpoint(model, lora, trust_remote_code=trust_remote_code)
         job = prepare(checkpoint, recipe, trust_remote_code=trust_remote_code)
-    goal = open_target(target, job.checkpoint.config)
+    goal = open_target(target, job.checkpoint.config, packed_inputs(job))
     experts = any(site.expert is not None for site in job.sites)
     check_candidates(candidates, goal.name, experts=experts)
     wanted = tuple(candidates) or tuple(analysis.pop("formats", ()))
@@ -505,6 +507,12 @@ def check_plan(model: str | Path, plan: Plan, **options: Any) -> Planned:
     return planner.evaluate(plan)
 
 
+def packed_inputs(job: Job) -> dict[str, InputFormat]:
+    """What inputs are rounded to, by site, once the site's weights are packed."""
+    packed = dict.fromkeys((site.name for site in job.sites), integer(8))
+    return job.recipe.input_formats(job.sites, packed)
+
+
 def check_target(job: Job, plan: Plan) -> None:
     """Refuse a plan that its own target cannot load.
 
@@ -519,7 +527,7 @@ def check_target(job: Job, plan: Plan) -> None:
     if plan.target not in TARGETS:
         raise PlanError(f"unknown target '{plan.target}'", where=plan.where,
                         hint="one of " + ", ".join(TARGETS))  # fmt: skip
-    target, chosen = open_target(plan.target, job.checkpoint.config), job.formats
+    target, chosen = open_target(plan.target, job.checkpoint.config, job.inputs), job.formats
     check_engine_fates(job, target.name)
     sites = [site for site in job.sites if site.kind != "router"]
     sites = [site for site in sites if not isinstance(chosen[site.name], FateFormat)]

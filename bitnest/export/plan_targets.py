@@ -22,6 +22,7 @@ from bitnest.export.engines import ENGINES
 from bitnest.export.rules import FUSED, check_site_storage
 from bitnest.export.targets import check_site
 from bitnest.formats import AnyFormat, DenseFormat
+from bitnest.formats.inputs import InputFormat
 from bitnest.formats.zero import ZeroFormat
 from bitnest.kernels.rows import row_decodable
 from bitnest.kinds import ENDS
@@ -46,18 +47,27 @@ GGUF = {
 }  # fmt: skip
 
 
-def open_target(name: str, config: Mapping[str, Any]) -> Target:
-    """The target of that name for a model with that config.json.
+def open_target(
+    name: str, config: Mapping[str, Any], inputs: Mapping[str, InputFormat] | None = None
+) -> Target:
+    """The target of that name for a model with that config.json. inputs: what inputs of packed
+    matrices are rounded to, by site.
 
     Raises:
-        TargetError: no such target, or none that runs such a model.
+        TargetError: no such target, or none that runs such a model or such inputs.
     """
+    rounded = {site: fmt.name for site, fmt in (inputs or {}).items()}
     if name == "native":
         return Target("native", NATIVE, _native_allows)
     if name in {"gguf", *ENGINES} and not is_ordinary(config):
         raise TargetError(
             f"layers with unequal numbers of experts: {name} cannot load that",
             hint="keep as many experts in every layer, or plan for native",
+        )
+    if name == "gguf" and rounded:
+        raise TargetError(
+            "llama.cpp rounds inputs by rules of its own, which its files cannot say",
+            hint="leave out --inputs, or plan for native",
         )
     if name == "gguf":
         return Target(
@@ -71,7 +81,7 @@ def open_target(name: str, config: Mapping[str, Any]) -> Target:
     if engine.one_expert_scheme:
         rules = ["all experts of the model alike"]
     return Target(
-        name, CANDIDATES[name], _engine_allows(name, config), _engine_groups(name),
+        name, CANDIDATES[name], _engine_allows(name, config, rounded), _engine_groups(name),
         (*rules, "embedding and head dense"),
     )  # fmt: skip
 
@@ -85,7 +95,9 @@ def _native_allows(site: Site, fmt: AnyFormat) -> str:
     return ""
 
 
-def _engine_allows(name: str, config: Mapping[str, Any]) -> Callable[[Site, AnyFormat], str]:
+def _engine_allows(
+    name: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Callable[[Site, AnyFormat], str]:
     @cache
     def allows(site: Site, fmt: AnyFormat) -> str:
         if isinstance(fmt, DenseFormat):
@@ -93,7 +105,10 @@ def _engine_allows(name: str, config: Mapping[str, Any]) -> Callable[[Site, AnyF
             return f"{name} cannot load dense experts beside packed weights" if expert else ""
         if site.kind in ENDS:
             return f"{name} keeps embedding and head dense"
-        record = SiteRecord(site, fmt.name, fmt.nbytes(site.shape), 0.0, None, "packed")
+        record = SiteRecord(
+            site, fmt.name, fmt.nbytes(site.shape), 0.0, None, "packed",
+            inputs=inputs.get(site.name, ""),
+        )  # fmt: skip
         try:
             check_site_storage(record)
             check_site(name, record, config)
