@@ -825,3 +825,16 @@ def test_what_it_takes_is_said_before_work_whatever_the_way(
     with pytest.raises(RecipeError, match="memory"):
         api.compress(moe, tmp_path / "b", memory=50 << 20, **options)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_target_is_asked_about_inputs(moe: Path) -> None:
+    from bitnest.formats.inputs import parse_inputs
+
+    checkpoint = Checkpoint.open(moe)
+    config, site = checkpoint.config, prepare(checkpoint, Recipe()).sites[0]
+    for inputs, said in (("int6-g128", "int6-g128"), ("int8-token", "")):
+        goal = open_target("vllm-cuda", config, {site.name: parse_inputs(inputs)})
+        assert said in goal.allows(site, parse_format("int8-channel"))
+        assert bool(said) == bool(goal.allows(site, parse_format("int8-channel")))
+    with pytest.raises(TargetError, match=r"llama.cpp"):
+        open_target("gguf", config, {site.name: parse_inputs("int8-token")})
