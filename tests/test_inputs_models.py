@@ -245,6 +245,9 @@ def test_plans_and_recipes_say_inputs() -> None:
         ({"format": "int8-channel/int8-token", "inputs": "fp8-token"}, "already says"),
         ({"inputs": "int8-channel"}, "inputs"),
         ({"format": "int8-channel", "inputs": "int8-static", "static": "median"}, "static"),
+        ({"format": "int8-channel", "inputs": "int8-token", "static": "absmax"}, "says nothing"),
+        ({"format": "int8-channel", "static": "percentile"}, "says nothing"),
+        ({"format": "dense", "inputs": "int8-token"}, "says nothing"),
     ],
 )  # fmt: skip
 def test_refusals(options, said: str, tiny: Builder, text: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
