@@ -188,7 +188,7 @@ def compress(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
         width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
-        inputs=parse_inputs(inputs).name if inputs else "", static=static,
+        inputs=parse_inputs(inputs).name if inputs not in {None, "", DENSE} else "", static=static,
         kv="" if (cache := read_kv(kv)) is None else cache.name,
     )  # fmt: skip
     maker = Maker(
@@ -320,7 +320,7 @@ def with_inputs(format: str | None, inputs: str | None) -> tuple[str | None, str
     if format is None or "/" not in format:
         return format, inputs
     weights, said = split_name(format)
-    if inputs is not None and said != parse_inputs(inputs).name:
+    if inputs is not None and said != split_name(f"{DENSE}/{inputs}")[1]:
         raise RecipeError(f"--format {format} already says inputs", hint="leave out --inputs")
     return weights, said
 
