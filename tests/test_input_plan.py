@@ -508,6 +508,28 @@ def test_compress_plans_inputs_itself(weights: list[str], place: Path, text: Pat
         assert resolved["format"] == "int4-g32"
 
 
+def test_rules_of_inputs_hold_beside_a_budget_of_weights(place: Path, text: Path) -> None:
+    rules = ["--rule", "*.down_proj=int4-g32/int4-g16", "--rule", "*.0.down_proj=int4-g32/dense"]
+    size = 190_000
+    for number, (inputs, others) in enumerate([([], None), (["int8-token"], "int8-token")]):
+        done = typed(
+            "compress", "m", "--size", str(size), *rules, *(f"--inputs={n}" for n in inputs),
+            "--statistics", "s", "--data", f"text={text}", "--samples", "4", "--length", "32",
+            "-o", f"a{number}",
+        )  # fmt: skip
+        assert done.exit_code == 0, (done.output, done.exception)
+        artifact = Artifact.open(place / f"a{number}")
+        for record in artifact.packed():
+            name = record.site.name
+            own = "int4-g16" if name.endswith("down_proj") else others
+            own = None if record.site.kind in ENDS or record.format == "dense" else own
+            assert (record.inputs or None) == (None if name.endswith(".0.down_proj") else own)
+        assert sum(f.stat().st_size for f in artifact.path.iterdir()) <= size
+    plan = api.plan(place / "m", statistics=place / "s", bits=6, rules=[rules[1]])
+    assert plan.inputs is not None and plan.inputs.alone > 0
+    assert "int4-g16" in {rule.inputs for rule in plan.plan.rules}
+
+
 @pytest.mark.parametrize(
     "words, what",
     [

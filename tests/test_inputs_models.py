@@ -245,6 +245,9 @@ def test_plans_and_recipes_say_inputs() -> None:
         ({"format": "int8-channel/int8-token", "inputs": "fp8-token"}, "already says"),
         ({"inputs": "int8-channel"}, "inputs"),
         ({"format": "int8-channel", "inputs": "int8-static", "static": "median"}, "static"),
+        ({"format": "int8-channel", "inputs": "int8-token", "static": "absmax"}, "says nothing"),
+        ({"format": "int8-channel", "static": "percentile"}, "says nothing"),
+        ({"format": "dense", "inputs": "int8-token"}, "says nothing"),
     ],
 )  # fmt: skip
 def test_refusals(options, said: str, tiny: Builder, text: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -263,6 +266,25 @@ def test_command(tiny: Builder, text: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(place)]).output
     assert "int8-channel/fp8_e4m3-token" in shown
     shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--format", "int4-g128/dense"], ["--format", "int4-g128", "--inputs", "dense"],
+     ["--format", "int4-g128/int4-token"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_typed_of_inputs_wins_over_a_recipe(
+    words: list[str], tiny: Builder, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    run = CliRunner().invoke(
+        app, ["compress", str(tiny("llama")), "--recipe", "mxfp8", "--method", "rtn", *words, "-o",
+              str(out), "-q"],
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    wanted = "int4-token" if words[-1].endswith("token") else ""
+    assert {record.inputs for record in Artifact.open(out).packed()} == {wanted}
 
 
 def test_routers_read_their_inputs_as_they_are() -> None:

@@ -17,6 +17,7 @@ from bitnest.artifact import Artifact
 from bitnest.cli import app
 from bitnest.errors import DataError, FormatError, TargetError, UnsupportedModel
 from bitnest.eval.evaluate import evaluate
+from bitnest.eval.render import protocol
 from bitnest.formats.kv import parse_kv, recorded_kv
 from bitnest.packed import kv_cache
 from bitnest.packed.decoded import open_checkpoint
@@ -146,6 +147,18 @@ def test_compress_and_eval_take_it_from_the_command_line(
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["kv"] for row in rows] == ["", "int4-g8-w8"]
     assert Artifact.open(out).manifest["kv"] == "int8-g8-w128"
+    app(["inspect", out], standalone_mode=False)
+    assert "KV cache: int8-g8-w128\n" in capsys.readouterr().out
+
+
+def test_windows_that_read_nothing_quantised_are_said(artifact: Path, text: Path) -> None:
+    options: dict[str, Any] = dict(kv=["int4-g8-w16", "fp8"], data=[f"w={text}"], windows=2)
+    short, enough = (evaluate([artifact], window=n, **options) for n in (24, 25))
+    assert short.rows[1].scores[0].kl.max < 1e-9
+    assert short.unread_caches == short.to_json()["unread_caches"] == {"int4-g8-w16": 48}
+    assert "--window 48" in protocol(short)
+    assert enough.rows[1].scores[0].kl.max > 1e-9
+    assert enough.unread_caches == {} and "quantised" not in protocol(enough)
 
 
 def answer(backend: Any, prompt: list[int], tokens: int) -> list[int]:

@@ -331,7 +331,7 @@ def inspect(
         kept = {
             k: artifact.manifest[k] for k in ("architecture", "source", "recipe", "calibration")
         }
-        later = ("resolved", "predicted", "plan")
+        later = ("resolved", "predicted", "plan", "kv")
         kept |= {k: artifact.manifest[k] for k in later if k in artifact.manifest}
         content = {"path": str(path), "kind": "artifact", **kept, "sites": sites}
         if verify:

@@ -188,7 +188,7 @@ def compress(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
         width_weights=tuple(map(parse_width_weight, width_weights)), prune=prune,
-        inputs=parse_inputs(inputs).name if inputs else "", static=static,
+        inputs=parse_inputs(inputs).name if inputs not in {None, "", DENSE} else "", static=static,
         kv="" if (cache := read_kv(kv)) is None else cache.name,
     )  # fmt: skip
     maker = Maker(
@@ -221,8 +221,12 @@ def compress(
         "memory": memory, "device": device, "compute": compute, "prune": prune,
         "trust_remote_code": trust_remote_code, "progress": progress,
     }  # fmt: skip
+    rounded = [recipe.inputs, *(wide.formats if wide is not None else ())]
     if plan is None:
         check_weights(recipe, nesting, job)
+    if uniform is not None:
+        check_rounded(rounded, job)
+    check_static(recipe, [*rounded, *plan_inputs(plan)])
     if uniform is not None or plan is not None:
         check_prune(recipe, [*(f.name for f in job.formats.values()), *plan_formats(plan)])
     given: dict[str, Any] = {
@@ -316,7 +320,7 @@ def with_inputs(format: str | None, inputs: str | None) -> tuple[str | None, str
     if format is None or "/" not in format:
         return format, inputs
     weights, said = split_name(format)
-    if inputs is not None and said != parse_inputs(inputs).name:
+    if inputs is not None and said != split_name(f"{DENSE}/{inputs}")[1]:
         raise RecipeError(f"--format {format} already says inputs", hint="leave out --inputs")
     return weights, said
 
@@ -367,6 +371,41 @@ def check_prune(recipe: Recipe, formats: Sequence[str]) -> None:
     if recipe.prune != PRUNERS[0] and not any("%" in name for name in formats):
         raise RecipeError(f"nothing is sparse: --prune {recipe.prune} says nothing",
                           hint="--sparsity 50%, or --format int4-g128%2:4")  # fmt: skip
+
+
+def check_rounded(inputs: Sequence[str], job: Job) -> None:
+    """Refuse inputs beside formats that pack nothing.
+
+    Raises:
+        RecipeError: no matrix is packed that could read them.
+    """
+    from bitnest.quantize.allocation.inputs import may_round
+
+    said = [name for name in inputs if name not in {"", DENSE}]
+    formats = {name: fmt.name for name, fmt in job.formats.items()}
+    if said and not any(may_round(site, formats) for site in job.sites):
+        raise RecipeError(f"only inputs of packed weights are rounded: --inputs {said[0]} says "
+                          "nothing", hint=f"--format int8-channel/{said[0]}")  # fmt: skip
+
+
+def check_static(recipe: Recipe, inputs: Sequence[str]) -> None:
+    """Refuse to be told how static scales are chosen where there are none. inputs: that are named
+    besides the recipe's rules.
+
+    Raises:
+        RecipeError: no format of inputs has a scale to choose.
+    """
+    if recipe.static == STATIC[0]:
+        return
+    named = {*inputs, *(rule.inputs for rule in recipe.rules)} - {"", None, DENSE}
+    if not any(parse_inputs(str(name)).static for name in named):
+        raise RecipeError(f"no inputs have a static scale: --static {recipe.static} says nothing",
+                          hint="--inputs int8-static, or leave it out")  # fmt: skip
+
+
+def plan_inputs(plan: str | Path | Plan | None) -> list[str]:
+    """Formats of inputs that a plan names."""
+    return [] if plan is None else [rule.inputs or "" for rule in _opened(plan).rules]
 
 
 def plan_formats(plan: str | Path | Plan | None) -> list[str]:

@@ -15,6 +15,7 @@ from bitnest.api.input_planning import asked_inputs, measured_inputs
 from bitnest.checkpoint import resolve_model
 from bitnest.errors import PlanError, RecipeError, StatisticsError, TargetError
 from bitnest.formats import integer
+from bitnest.formats.inputs import DENSE
 from bitnest.kinds import ENDS
 from bitnest.lora import name_with
 from bitnest.packed.decoded import open_checkpoint
@@ -161,10 +162,11 @@ def plan(
     barred = {"--nested": nesting is not None, "--max-kl": dials.measured,
               "--target": target != "native"}  # fmt: skip
     one, wide = asked_inputs(inputs, input_bits, input_time, pairs, barred)
-    if one is not None:
+    ruled = any(Rule.parse(rule).inputs not in {None, DENSE} for rule in rules)
+    if one is not None or (wide is None and ruled):
         from bitnest.quantize.allocation.inputs import InputDials
 
-        wide = InputDials.of([one])
+        wide = InputDials.of([one or DENSE])
     if format is not None:
         check_fixed(dials, candidates, policy, wide)
         planner = open_planner(
@@ -323,7 +325,7 @@ def open_planner(
     check_ends(
         job.packed_ends, job.formats, Memory.plan(job.skeleton, job.sites, analysis.get("memory"))
     )
-    ruled = [f for f in fates_apart([r.format for r in job.recipe.rules])[0] if f != "dense"]
+    ruled = [f for f in fates_apart([r.weights for r in job.recipe.rules])[0] if f != "dense"]
     wanted = wanted if nesting is None else nesting.measured
     named = tuple(dict.fromkeys((*(wanted or goal.formats), *ruled)))
     named = (*named, *default_fates(job, named, candidates, goal.name, nesting))

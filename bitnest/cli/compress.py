@@ -164,6 +164,8 @@ def command(
                 "width_weights": ("width_weight",),
             },
         )
+        if "/" in (values["format"] or ""):  # says inputs, too
+            given.add("inputs")
         values = {**values, **read_recipe(recipe, skip=given)}
 
     table = values["latency"]

@@ -86,6 +86,8 @@ def _print(found: dict[str, Any], every: bool) -> None:
         from bitnest.cli.plan_tables import input_line
 
         typer.echo(input_line(expected))
+    if found.get("kv"):
+        typer.echo(f"KV cache: {found['kv']}")
     if "verified" in found:
         typer.echo(f"checksums: {found['verified']} files match")
     if found["kind"] == "statistics":

@@ -94,6 +94,10 @@ def protocol(report: EvalReport) -> str:
         lines.append(
             "without LAYER:EXPERT: its gate is 0, its tokens' other gates scaled to the same sum"
         )
+    lines += [
+        f"kv {name}: windows of {text.window} tokens end before anything reads what it quantised; "
+        f"--window {enough} shows its loss" for name, enough in report.unread_caches.items()
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bitnest.eval.divergence import Tokens
+from bitnest.formats.kv import parse_kv
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,17 @@ class EvalReport:
     texts: tuple[Text, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def unread_caches(self) -> dict[str, int]:
+        """KV formats whose rows say nothing, as no prediction reads a token that they quantised;
+        for each a window half of which does. A window's last token is only predicted."""
+        formats = [parse_kv(name) for name in dict.fromkeys(row.kv for row in self.rows) if name]
+        unread = [kv for kv in formats if kv.folded(self.texts[0].window - 1) == 0]
+        return {kv.name: 2 * (kv.window + kv.group) for kv in unread}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "unread_caches": self.unread_caches}
 
 
 def score(text: Text, tokens: Tokens) -> Score:

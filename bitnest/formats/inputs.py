@@ -11,9 +11,9 @@
     -c90     the largest number is 90 % of the largest magnitude: what is beyond is clipped (Atom)
     -t6      channels in which any token of the batch reaches 6 stay as they are (LLM.int8())
 
-A rule or candidate says both, `int4-g128/int8-token`: weights, a slash, inputs; `/dense` says that
-inputs are left alone. Integers are balanced, +-(2^(b-1) - 1). What is done with them is
-`kernels/inputs`. Nothing of an input format is stored but the static scale, in the manifest.
+A rule says both, `int4-g128/int8-token`: weights, a slash, inputs; `/dense` says that inputs are
+left alone. Integers are balanced, +-(2^(b-1) - 1). What is done with them is `kernels/inputs`.
+Nothing of an input format is stored but the static scale, in the manifest.
 """
 
 from __future__ import annotations

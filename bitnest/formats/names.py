@@ -114,7 +114,7 @@ def parse_format(name: str) -> AnyFormat:
     if "/" in name:
         raise FormatError(
             f"'{name}': what follows the slash is a format of inputs, and has no place here",
-            hint="WEIGHTS/INPUTS is for rules and candidates; --format takes --inputs beside it",
+            hint="WEIGHTS/INPUTS is for rules and --format of compress; --inputs says it elsewhere",
         )
     cut = min((i for i in (name.find("@"), name.find("+")) if i >= 0), default=len(name))
     base, mark, pattern = name[:cut].partition("%")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bitnest.errors import StatisticsError
 from bitnest.formats.inputs import DENSE
 from bitnest.patterns import Names
-from bitnest.plan import Plan
+from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import Budget
 from bitnest.quantize.allocation.inputs import (
     DENSE_BITS,
@@ -109,6 +109,25 @@ def counted(found: Planned, chosen: PlannedInputs) -> Planned:
         low=found.low * factor if known and found.low is not None else None,
         high=found.high * factor if known and found.high is not None else None,
     )  # fmt: skip
+
+
+def with_ruled(planner: Planner, found: Planned) -> Planned:
+    """The plan with what rules give to inputs, of which nothing else is planned."""
+    weights = found.plan.formats(planner.job.sites)
+    if not (ruled := ruled_names(planner, weights)):
+        return found
+    rules = Plan.of({**weights, **ruled}).rules
+    return replace(found, plan=replace(found.plan, rules=rules, digest=digest_of(rules)))
+
+
+def ruled_names(planner: Planner, weights: Mapping[str, str]) -> dict[str, str]:
+    """Weights and inputs of sites to whose inputs rules give something, `dense` spelt out: the
+    recipe may round those of all others. weights: format of every site."""
+    given = ruled_inputs(planner)
+    return {
+        site.name: f"{weights[site.name]}/{given[site.name]}" for site in planner.job.sites
+        if site.name in given and may_round(site, weights)
+    }  # fmt: skip
 
 
 def ruled_inputs(planner: Planner) -> Mapping[str, str]:

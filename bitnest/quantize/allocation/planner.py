@@ -37,7 +37,13 @@ from bitnest.plan import Plan, digest_of
 from bitnest.quantize.allocation.budget import MARGIN, Budget, beside, ruled_formats, too_small
 from bitnest.quantize.allocation.evidence import read_evidence
 from bitnest.quantize.allocation.inputs import InputDials
-from bitnest.quantize.allocation.joint import add_inputs, evaluated_inputs, with_inputs
+from bitnest.quantize.allocation.joint import (
+    add_inputs,
+    evaluated_inputs,
+    ruled_names,
+    with_inputs,
+    with_ruled,
+)
 from bitnest.quantize.allocation.menu import (
     FATE,
     Menu,
@@ -134,7 +140,7 @@ class Planner:
             RecipeError, BudgetError: the budget cannot be met.
         """
         if self.inputs is None:
-            return self.plan_weights(budget, policy)
+            return with_ruled(self, self.plan_weights(budget, policy))
         return with_inputs(self, budget, policy)
 
     def fixed(self) -> Planned:
@@ -566,10 +572,15 @@ class Planner:
     def _job(self, plan: Mapping[str, str], inputs: Mapping[str, str]) -> Job:
         whole = self.whole(plan)
         joined = {name: joined_name(fmt, inputs.get(name, "")) for name, fmt in whole.items()}
-        recipe = replace(self.job.recipe, format="dense", rules=Plan.of(joined).rules)
         if not inputs:
-            return replace(self.job, recipe=recipe)
-        own = {name: parse_inputs(fmt) for name, fmt in inputs.items() if fmt != DENSE}
+            joined |= ruled_names(self, whole)
+        recipe = replace(self.job.recipe, format="dense", rules=Plan.of(joined).rules)
+        if inputs:
+            own = {name: parse_inputs(fmt) for name, fmt in inputs.items() if fmt != DENSE}
+        elif recipe.inputs or any(rule.inputs for rule in recipe.rules):
+            own = recipe.input_formats(self.job.sites, self._formats(plan))
+        else:
+            own = {}
         return replace(self.job, recipe=recipe, inputs=own)
 
     def _pruned(self, plan: Mapping[str, str]) -> str:
