@@ -10,6 +10,7 @@ from torch import nn
 from bitnest.api import summarise
 from bitnest.calibrate.collector import Collector, add_moment, symmetric
 from bitnest.formats import integer
+from bitnest.manifest import SiteRecord
 from bitnest.quantize import gptq as sweep
 from bitnest.quantize.codecs.block import BlockCodec
 from bitnest.sites import Site
@@ -67,12 +68,10 @@ def test_refit_in_slices_of_rows_is_the_refit_of_all(monkeypatch: pytest.MonkeyP
 
 
 def test_an_expert_starved_in_one_projection_only_is_counted() -> None:
-    def record(param: str, width: int) -> SimpleNamespace:
+    def record(param: str, width: int) -> SiteRecord:
         name = f"model.layers.0.mlp.experts.0.{param}"
         site = Site(name, "expert", 0, 0, (32, width), "model.layers.0.mlp.experts", param)
-        return SimpleNamespace(
-            site=site, format="int4-g16", nbytes=1, error=0.0, tokens=119, file="packed"
-        )
+        return SiteRecord(site, "int4-g16", 1, 0.0, 119, "packed")
 
     records = [record("gate_up_proj", 256), record("down_proj", 32)]
     manifest = {"files": {}, "recipe": {"min_tokens": None}, "source": {"bytes": 1}}
