@@ -62,3 +62,14 @@ def test_what_has_no_parts_is_refused(
         with pytest.raises(BitnestError) as caught:
             api.evaluate(models, against=against, data=[str(text)], split=True, **SHORT, **more)
         assert caught.value.hint
+
+
+def test_inputs_of_a_folded_artifact_are_not_looked_for_in_the_base(
+    tiny: Builder, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny("qwen3_moe")
+    api.compress(base, tmp_path / "f", data=[str(text)], format="int8-channel", inputs="int4-g32",
+                 fold=["smooth-free=0.5"], **QUICK)  # fmt: skip
+    report = api.evaluate([tmp_path / "f"], against=base, data=[str(text)], split=True, **SHORT)
+    assert [row.model.partition(": ")[2] for row in report.rows] == ["", "", "weights alone"]
+    assert "folded" in caplog.text

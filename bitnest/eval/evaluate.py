@@ -42,7 +42,7 @@ from bitnest.eval.reference import Reference
 from bitnest.eval.report import EvalReport, Row, Text, score
 from bitnest.eval.settings import artifact_kv, check_caches, read_caches, read_settings
 from bitnest.eval.size import count_parameters
-from bitnest.eval.split import base_parts, check_split, rounded_inputs
+from bitnest.eval.split import base_parts, check_split, has_parts, rounded_inputs
 from bitnest.eval.without import Switch, find_switches, parse_without, switched_off
 from bitnest.formats.kv import KVFormat
 from bitnest.lora import name_with
@@ -210,7 +210,7 @@ def evaluate(
             title = f"{name} without {switch.label}" if switch.modules else name
             title = f"{name} {setting.said}" if setting.said else title
             rows.append(measure(model, name, title, nbytes, switch, cache))
-        if split and number > 0 and base_parts(path, formats[number]):
+        if split and number > 0 and has_parts(path, formats[number]):
             with inputs_unrounded(model):
                 rows.append(measure(model, name, f"{name}: weights alone", nbytes, Switch(), None))
         del model

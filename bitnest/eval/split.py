@@ -6,10 +6,13 @@
 
 Each is compared with the base, so the parts add up to the whole as far as errors are small and
 independent of each other. The base must be the plain checkpoint that the artifact was made from.
+Of a folded artifact (`folds.py`) there is no row for inputs: its matrices read smoothed or rotated
+ones, which the base does not have; what inputs lose is what all lose beyond weights alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from bitnest.formats.kv import KVFormat
 from bitnest.packed.rounding import Rounder, each_input, rounding
 
 OPTION = "--split"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,24 @@ class Part:
 def base_parts(path: Path, caches: Sequence[KVFormat | None]) -> list[Part]:
     """Parts that are measured on the base. caches: formats the artifact in `path` is measured
     with."""
-    rounded = is_artifact(path) and any(r.inputs for r in Artifact.open(path).records)
-    found = [Part("inputs alone", True, None)] if rounded else []
+    inputs = rounds_inputs(path) and not is_folded(path)
+    found = [Part("inputs alone", True, None)] if inputs else []
     return found + [Part(f"kv {kv.name} alone", False, kv) for kv in caches if kv is not None]
+
+
+def has_parts(path: Path, caches: Sequence[KVFormat | None]) -> bool:
+    """Whether more than its weights lose something."""
+    return rounds_inputs(path) or any(caches)
+
+
+def rounds_inputs(path: Path) -> bool:
+    """Whether it is an artifact that does."""
+    return is_artifact(path) and any(record.inputs for record in Artifact.open(path).records)
+
+
+def is_folded(path: Path) -> bool:
+    """Whether the artifact's matrices read something else than the checkpoint's."""
+    return "folded" in Artifact.open(path).manifest["source"]
 
 
 def check_split(base: Path | None, paths: Sequence[Path], caches: Sequence[Sequence[Any]]) -> None:
@@ -57,13 +76,16 @@ def check_split(base: Path | None, paths: Sequence[Path], caches: Sequence[Seque
             where="" if base is None else str(base),
             hint="--against the original checkpoint",
         )
-    if not any(base_parts(path, own) for path, own in zip(paths, caches, strict=True)):
+    if not any(has_parts(path, own) for path, own in zip(paths, caches, strict=True)):
         raise BitnestError(
             "neither inputs nor a KV cache are rounded: all of the error is the weights'",
             where=str(paths[0]),
             hint=f"leave out {OPTION}; compress --inputs and --kv round more than weights",
         )
     for path in paths:
+        if rounds_inputs(path) and is_folded(path):
+            log.warning("%s is folded: what it rounds is not in the base, so there is no row for "
+                        "its inputs alone", path)  # fmt: skip
         if is_artifact(path) and "reduced" in Artifact.open(path).manifest["source"]:
             raise UnsupportedModel(
                 "experts or blocks are gone in it: its inputs are not the base's",
