@@ -9,33 +9,41 @@ a limit     of KL or agreement: plan, carry out, measure, correct the prediction
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnest.api.asking import (
+    check_extras,
+    check_folds,
+    check_method,
+    check_out,
+    check_prune,
+    check_rounded,
+    check_static,
+    check_texts,
+    check_ways,
+    check_weights,
+    uniform_format,
+    with_inputs,
+)
 from bitnest.api.input_planning import asked_inputs
+from bitnest.api.making import Maker, folding, opened_plan, with_folding
 from bitnest.api.planning import (
     Dials,
-    check_measured,
     check_policy,
-    check_target,
     default_statistics,
     ensure_statistics,
     open_nesting,
     open_planner,
 )
-from bitnest.api.result import CompressResult, summarise
-from bitnest.api.texts import calibration_set, check_length, check_vocabulary, sources
-from bitnest.artifact import is_artifact
-from bitnest.errors import RecipeError, StatisticsError
-from bitnest.folds import Fold, parse_folds
-from bitnest.formats import widths
-from bitnest.formats.inputs import DENSE, parse_inputs, split_name, weights_of
+from bitnest.api.result import CompressResult
+from bitnest.errors import RecipeError
+from bitnest.folds import parse_folds
+from bitnest.formats.inputs import DENSE, parse_inputs
 from bitnest.formats.kv import read_kv
 from bitnest.packed.decoded import open_checkpoint
-from bitnest.packed.loading import load_tokenizer
 from bitnest.plan import digest_of
 from bitnest.recipe import (
     DEFAULT_BITS,
@@ -50,21 +58,16 @@ from bitnest.recipe import (
     resolved,
 )
 from bitnest.statistics import Statistics, is_statistics
-from bitnest.workdir import in_the_way, is_empty
 
 if TYPE_CHECKING:
-    from bitnest.checkpoint import Checkpoint
     from bitnest.plan import Plan
     from bitnest.progress import Progress
     from bitnest.quantize.advice import Advice
-    from bitnest.quantize.allocation.nesting import Nesting
     from bitnest.quantize.allocation.planned import Planned
     from bitnest.quantize.allocation.planner import Planner
     from bitnest.quantize.compress import Job
     from bitnest.quantize.folding import Skipped
     from bitnest.quantize.preflight import Preflight
-
-log = logging.getLogger(__name__)
 
 
 def compress(
@@ -178,12 +181,12 @@ def compress(
                               hint="--format int4-g128 --sparsity 50%; a plan chooses among "
                               "--candidate int4-g128%50 and others")  # fmt: skip
         format, group = default_format(None, format, group, sparsity), None
-    _check_ways(dials, format, group, plan)
+    check_ways(dials, format, group, plan)
     extras = {
         "--target": target != "native", "--candidate": bool(candidates), "--exact": exact,
         "--ends": ends is not None, "--policy": policy not in {"bitnest", "uniform"},
     }  # fmt: skip
-    _check_extras(dials, format, group, plan, policy, check, extras)
+    check_extras(dials, format, group, plan, policy, check, extras)
     recipe = Recipe(
         format=f"int{DEFAULT_BITS}-g128", rules=tuple(Rule.parse(rule) for rule in rules),
         method=method, damp=damp, weighting=weighting, min_tokens=min_tokens, clip=clip, seed=seed,
@@ -196,11 +199,11 @@ def compress(
         advise, lora,
     )  # fmt: skip
     plain = not any(extras.values())
-    uniform = _uniform_format(
+    uniform = uniform_format(
         dials, format, group, plan, method, statistics, policy, plain and nesting is None
     )
     folds = parse_folds(fold)
-    _check_folds(folds, uniform, statistics, nesting, wide is not None)
+    check_folds(folds, uniform, statistics, nesting, wide is not None)
     place = Path(statistics or default_statistics(model, lora))
     if plan is None and (uniform is None or wide is not None):
         check_method(model, place, method)
@@ -255,7 +258,7 @@ def compress(
                 statistics = place
             done = maker.carry_out(job, statistics, ready=ready)
         else:
-            opened = _opened(plan)
+            opened = opened_plan(plan)
             asked = resolved(recipe, {"plan": digest_of(opened.rules)}, **given)
             done = maker.planned(
                 replace(job, asked=asked), opened, rules,
@@ -311,106 +314,14 @@ def compress(
     )
 
 
-def with_inputs(format: str | None, inputs: str | None) -> tuple[str | None, str | None]:
-    """Weights and inputs of a format that may say both.
-
-    Raises:
-        RecipeError: inputs are given twice.
-    """
-    if format is None or "/" not in format:
-        return format, inputs
-    weights, said = split_name(format)
-    if inputs is not None and said != split_name(f"{DENSE}/{inputs}")[1]:
-        raise RecipeError(f"--format {format} already says inputs", hint="leave out --inputs")
-    return weights, said
-
-
-def check_weights(recipe: Recipe, nesting: Nesting | None, job: Job) -> None:
-    """Refuse weights of widths that nothing has.
-
-    Raises:
-        RecipeError: there is one.
-    """
-    own = {w for fmt in job.formats.values() for w in widths(fmt)}
-    own |= set(nesting.widths) if nesting is not None else set()
-    lost = [width for width, _ in recipe.width_weights if own and width not in own]
-    if recipe.width_weights and not own:
-        raise RecipeError("nothing is nested: widths have no weights",
-                          hint="--nested 2-8, or leave out --width-weight")  # fmt: skip
-    if lost:
-        raise RecipeError(f"no weight is nested at {lost[0]} bits",
-                          hint="widths: " + ", ".join(map(str, sorted(own))))  # fmt: skip
-
-
-def reduced(job: Job, statistics: str | Path | None) -> Job:
-    """The job without experts and blocks that are to go. statistics: say what constants are and how
-    mergers are weighted.
-
-    Raises:
-        RecipeError: they are needed and there are none, or fates that cannot be.
-    """
-    from bitnest.quantize.fates import needs_means, read_means, reduce_job
-
-    means = None
-    if needs_means(job):
-        if statistics is None:
-            raise RecipeError(
-                "constants and mergers are made of what statistics measured",
-                hint="bitnest analyze MODEL -o DIR, then --statistics DIR",
-            )
-        means = read_means(Statistics.open(statistics))
-    return reduce_job(job, means)
-
-
-def check_prune(recipe: Recipe, formats: Sequence[str]) -> None:
-    """Refuse to be told how to prune where nothing is pruned.
-
-    Raises:
-        RecipeError: no format is sparse.
-    """
-    if recipe.prune != PRUNERS[0] and not any("%" in name for name in formats):
-        raise RecipeError(f"nothing is sparse: --prune {recipe.prune} says nothing",
-                          hint="--sparsity 50%, or --format int4-g128%2:4")  # fmt: skip
-
-
-def check_rounded(inputs: Sequence[str], job: Job) -> None:
-    """Refuse inputs beside formats that pack nothing.
-
-    Raises:
-        RecipeError: no matrix is packed that could read them.
-    """
-    from bitnest.quantize.allocation.inputs import may_round
-
-    said = [name for name in inputs if name not in {"", DENSE}]
-    formats = {name: fmt.name for name, fmt in job.formats.items()}
-    if said and not any(may_round(site, formats) for site in job.sites):
-        raise RecipeError(f"only inputs of packed weights are rounded: --inputs {said[0]} says "
-                          "nothing", hint=f"--format int8-channel/{said[0]}")  # fmt: skip
-
-
-def check_static(recipe: Recipe, inputs: Sequence[str]) -> None:
-    """Refuse to be told how static scales are chosen where there are none. inputs: that are named
-    besides the recipe's rules.
-
-    Raises:
-        RecipeError: no format of inputs has a scale to choose.
-    """
-    if recipe.static == STATIC[0]:
-        return
-    named = {*inputs, *(rule.inputs for rule in recipe.rules)} - {"", None, DENSE}
-    if not any(parse_inputs(str(name)).static for name in named):
-        raise RecipeError(f"no inputs have a static scale: --static {recipe.static} says nothing",
-                          hint="--inputs int8-static, or leave it out")  # fmt: skip
-
-
 def plan_inputs(plan: str | Path | Plan | None) -> list[str]:
     """Formats of inputs that a plan names."""
-    return [] if plan is None else [rule.inputs or "" for rule in _opened(plan).rules]
+    return [] if plan is None else [rule.inputs or "" for rule in opened_plan(plan).rules]
 
 
 def plan_formats(plan: str | Path | Plan | None) -> list[str]:
     """Formats that a plan names."""
-    return [] if plan is None else [rule.weights for rule in _opened(plan).rules]
+    return [] if plan is None else [rule.weights for rule in opened_plan(plan).rules]
 
 
 def plan_statistics(plan: Plan, model: str | Path, lora: Sequence[str] = ()) -> Path | None:
@@ -431,320 +342,3 @@ def first_plan(planner: Planner, dials: Dials, policy: str) -> Planned:
         if not dials.measured:
             raise
         return planner.plan(Budget(size=1 << 62, dial=dials.to_json()))
-
-
-def check_out(out: Path, statistics: str | Path) -> None:
-    """Refuse an output that is there, before anything is measured for it. An artifact may be the
-    result of the same command, which is known once there are statistics.
-
-    Raises:
-        ArtifactError: something else is there.
-    """
-    same = is_artifact(out) and is_statistics(Path(statistics))
-    if not is_empty(out) and not same:
-        raise in_the_way(out)
-
-
-def check_method(model: str | Path, statistics: Path, method: str) -> None:
-    """Refuse to plan by losses of another method than the one that is to be carried out.
-
-    Raises:
-        StatisticsError: they are, or the statistics cannot be read.
-    """
-    if not is_statistics(statistics):
-        return
-    measured = Statistics.open(statistics).header["method"]
-    if measured != method:
-        raise StatisticsError(
-            f"these statistics were measured with --method {measured}, not {method}",
-            where=str(statistics),
-            hint=f"--method {measured}; or bitnest analyze {model} --method {method} -o DIR, and "
-            "--statistics DIR",
-        )
-
-
-def check_texts(texts: Sequence[str]) -> None:
-    """Open texts that are needed late.
-
-    Raises:
-        DataError: one is not there, or empty.
-    """
-    from bitnest.calibrate.sources import load_texts, parse_source
-
-    for text in texts:
-        next(iter(load_texts(parse_source(text).source)), None)
-
-
-def folding(checkpoint: Checkpoint, folds: Sequence[Fold], trust: bool) -> Checkpoint:
-    """The checkpoint, as a view that folds can be put into if any are asked for."""
-    if not folds:
-        return checkpoint
-    from bitnest.quantize.folding import FoldedCheckpoint
-
-    return FoldedCheckpoint.of(checkpoint, folds, trust_remote_code=trust)
-
-
-def with_folding(job: Job, folds: Sequence[Fold]) -> Job:
-    """The job with what is to be folded.
-
-    Raises:
-        RecipeError: experts or blocks are to go as well.
-    """
-    from bitnest.formats import FateFormat
-    from bitnest.quantize.folding import Folding
-
-    if not folds:
-        return job
-    if any(isinstance(fmt, FateFormat) for fmt in job.formats.values()):
-        raise RecipeError("--fold and experts that are dropped, replaced or merged do not go "
-                          "together yet", hint="bitnest prune first, then compress what it "
-                          "wrote with --fold")  # fmt: skip
-    return replace(job, folding=Folding(tuple(folds)))
-
-
-def _check_folds(
-    folds: Sequence[Fold],
-    uniform: str | None,
-    statistics: str | Path | None,
-    nesting: Nesting | None,
-    inputs: bool,
-) -> None:
-    """Refuse folds beside losses that were measured without them. inputs: whether their widths are
-    to be planned.
-
-    Raises:
-        RecipeError: a budget, a plan, statistics, or widths that are planned.
-    """
-    if not folds:
-        return
-    said = None
-    if uniform is None:
-        said = "a budget or a plan"
-    elif nesting is not None:
-        said = "--nested"
-    elif inputs:
-        said = "--input-bits or --input-time"
-    elif statistics is not None:
-        said = "--statistics"
-    if said is not None:
-        raise RecipeError(
-            f"--fold does not go with {said} yet: losses are measured on weights that are not "
-            "folded",
-            hint="one format for all, --format int8-channel --fold smooth=0.5, and --rule for "
-            "exceptions",
-        )
-
-
-def _check_ways(dials: Dials, fmt: str | None, group: int | None, plan: object) -> None:
-    """Refuse several answers to one question.
-
-    Raises:
-        RecipeError: a plan with a dial, a format with either.
-    """
-    if plan is not None and (dials.given or fmt or group):
-        raise RecipeError(
-            "the plan already says every format",
-            hint="leave out --bits, --size, --max-kl, --format and --group",
-        )
-    if fmt is not None and (dials.given or group is not None):
-        raise RecipeError("--format already says bits and group",
-                          hint="leave out --bits and --group, or leave --format out")  # fmt: skip
-    if group is not None and dials.given and dials.bits is None:
-        raise RecipeError("--group goes with --bits", hint="--bits 4 --group 64")
-
-
-def _check_extras(
-    dials: Dials,
-    fmt: str | None,
-    group: int | None,
-    plan: object,
-    policy: str,
-    check: Sequence[str],
-    extras: Mapping[str, bool],
-) -> None:
-    """Refuse options that would say nothing.
-
-    Raises:
-        RecipeError: what belongs to planning beside a format or a plan, a limit's text without a
-            limit, another policy with a limit.
-    """
-    said = [name for name, given in extras.items() if given]
-    if plan is not None and policy != "bitnest":
-        said.append("--policy")
-    if (fmt or group or plan is not None) and said:
-        other = "the plan" if plan is not None else "one format for all"
-        raise RecipeError(f"{said[0]} says nothing beside {other}",
-                          hint=f"leave out {', '.join(dict.fromkeys(said))}")  # fmt: skip
-    if check and not dials.measured:
-        raise RecipeError("--check is what a limit is measured on, and there is none",
-                          hint="--max-kl 0.02 or --min-agreement 95%")  # fmt: skip
-    if dials.measured and policy != "bitnest":
-        raise RecipeError(f"policy {policy} has no prediction to steer by",
-                          hint="give it --bits or --size")  # fmt: skip
-
-
-def _uniform_format(
-    dials: Dials,
-    fmt: str | None,
-    group: int | None,
-    plan: object,
-    method: str,
-    statistics: str | Path | None,
-    policy: str,
-    plain: bool,
-) -> str | None:
-    """The one format that was asked for, or None if there is to be a plan.
-
-    Rounding to nearest reads no text, so without statistics there is nothing to plan by: a whole
-    number of bits is one format then. The same holds for a group, and for policy uniform. plain:
-    nothing else was asked of a plan.
-    """
-    if plan is not None:
-        return None
-    if fmt is not None:
-        return default_format(None, fmt, None)
-    blind = method == "rtn" and statistics is None
-    even = plain and _whole(dials) and (policy == "uniform" or blind)
-    if group is not None or even:
-        return default_format(dials.bits, None, group)
-    return None
-
-
-def _whole(dials: Dials) -> bool:
-    return not dials.given or (dials.bits is not None and float(dials.bits).is_integer())
-
-
-def _opened(plan: str | Path | Plan) -> Plan:
-    from bitnest.plan import Plan
-
-    return plan if isinstance(plan, Plan) else Plan.read(plan)
-
-
-class Maker:
-    """What one call of `compress` needs for every artifact it makes."""
-
-    def __init__(
-        self,
-        model: str | Path,
-        out: Path,
-        data: Sequence[str],
-        samples: int,
-        length: int,
-        fresh: bool,
-        trust_remote_code: bool,
-        progress: Progress | None,
-        advise: Callable[[Advice | Skipped], None] | None = None,
-        lora: Sequence[str] = (),
-    ) -> None:
-        self.advise, self.lora = advise, lora
-        self.model, self.out, self.data = model, out, data
-        self.samples, self.length, self.fresh = samples, length, fresh
-        self.trust, self.progress = trust_remote_code, progress
-
-    def planned(
-        self,
-        job: Job,
-        plan: Plan,
-        rules: Sequence[str],
-        statistics: str | Path | None,
-        out: Path | None = None,
-        *,
-        ready: Callable[[Job], None] | None = None,
-        named: bool = True,
-    ) -> CompressResult:
-        """Carry out a plan, the rules given by hand on top of it; see `carry_out`."""
-        if plan.prune and job.recipe.prune != plan.prune:
-            raise RecipeError(
-                f"the plan's losses were measured with --prune {plan.prune}, not "
-                f"{job.recipe.prune}", where=plan.where, hint=f"--prune {plan.prune}",
-            )  # fmt: skip
-        own = (*plan.rules, *(Rule.parse(rule) for rule in rules))
-        recipe = replace(job.recipe, format="dense", rules=own)
-        before = plan.formats(job.sites)  # names the line of a rule that matches nothing
-        formats = recipe.formats(job.sites, job.itemsize)
-        inputs = recipe.input_formats(job.sites, formats)
-        job = replace(job, recipe=recipe, formats=formats, inputs=inputs)
-        check_target(job, plan)
-        if statistics is not None and named:
-            check_measured(plan, job.sites, job.formats, Statistics.open(statistics).formats)
-        overruled = any(job.formats[name].name != weights_of(fmt) for name, fmt in before.items())
-        said = {name: fmt for name, fmt in plan.inputs(job.sites).items() if fmt != DENSE}
-        now = {name: fmt.name for name, fmt in inputs.items()}
-        overruled = overruled or any(now.get(name) != fmt for name, fmt in said.items())
-        job = replace(job, plan=replace(plan, overruled=overruled))
-        return self.carry_out(job, statistics, out, ready=ready, named=named)
-
-    def carry_out(
-        self,
-        job: Job,
-        statistics: str | Path | None,
-        out: Path | None = None,
-        *,
-        ready: Callable[[Job], None] | None = None,
-        named: bool = True,
-    ) -> CompressResult:
-        """Calibrate and make the artifact.
-
-        statistics: say what it will lose, and name the text. ready: called before work starts.
-        named: statistics that were found rather than named need not know every format.
-        """
-        from bitnest.quantize.compress import run, with_expectation
-        from bitnest.quantize.folding import Skipped
-
-        if statistics is not None:
-            from bitnest.calibrate.expect import expect
-
-            try:
-                recipe = job.recipe
-                found = expect(
-                    statistics, job.formats, recipe.method, recipe.prune, job.inputs
-                )  # fmt: skip
-                job = with_expectation(job, found)
-            except StatisticsError as error:
-                if named:
-                    raise
-                log.info("%s predict nothing: %s", statistics, error)
-        job = reduced(job, statistics)
-        job = self.calibrated(job, statistics)
-        if ready is not None:
-            ready(job)
-        said: list[Advice] = []
-
-        def advise(advice: Advice | Skipped) -> None:
-            if not isinstance(advice, Skipped):
-                said.append(advice)  # what was not folded, the manifest says
-            if self.advise is not None:
-                self.advise(advice)
-
-        artifact, seconds = run(
-            job, out or self.out, fresh=self.fresh, progress=self.progress,
-            advise=advise if job.plan is None else None,  # a plan had the choice
-        )  # fmt: skip
-        advice = tuple(item.to_json() for item in said)
-        return replace(summarise(artifact, seconds), advice=advice)
-
-    def calibrated(self, job: Job, statistics: str | Path | None, *, force: bool = False) -> Job:
-        """The job with its calibration text, if it needs any. force: it will, once it is
-        planned."""
-        from bitnest.quantize.compress import wants_calibration, with_calibration
-
-        fold = job.folding
-        blind = fold is not None and fold.wants_text and fold.text is None
-        wanted = job.calibration is None and (force or wants_calibration(job))
-        if wanted or blind:
-            check_length(job.skeleton.model.config, self.length)
-            chosen = sources(self.data)
-            if statistics is not None and not self.data:
-                from bitnest.calibrate.expect import texts
-
-                chosen = texts(statistics)
-            tokenizer = load_tokenizer(job.checkpoint.path, trust_remote_code=self.trust)
-            found = calibration_set(tokenizer, chosen, self.samples, self.length, job.recipe.seed)
-            check_vocabulary(job.skeleton.model, found, job.checkpoint)
-            if wanted:
-                job = with_calibration(job, found)
-            if fold is not None and blind:
-                job = replace(job, folding=replace(fold, text=found))
-        if job.expected is not None and job.calibration is not None:
-            job.expected.check_text(job.calibration)
-        return job

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnest.api.compressing import Maker
+from bitnest.api.making import Maker
 from bitnest.api.result import Group, summarise
 from bitnest.api.texts import calibration_set, sources
 from bitnest.artifact import Artifact, is_artifact

@@ -31,7 +31,7 @@ from bitnest.recipe import Rule
 from bitnest.workdir import in_the_way, is_empty, partial_directory
 
 if TYPE_CHECKING:
-    from bitnest.api.compressing import Maker
+    from bitnest.api.making import Maker
     from bitnest.api.planning import Dials
     from bitnest.api.result import CompressResult
     from bitnest.eval.evaluate import EvalReport
