@@ -453,7 +453,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     real = compress._Run._propagate
 
-    def stop(self: Any, layer: int) -> None:
+    def stop(self: Any, layer: int, rounders: Any) -> None:
         raise KeyboardInterrupt
 
     options: dict[str, Any] = {
