@@ -1,8 +1,11 @@
 """C kernels: compiled at first use for this machine, cached, loaded with ctypes.
 
+A library is one file, kernels/<name>.c, or a folder, kernels/<name>/, whose *.c are compiled
+together (with threads, -pthread) and whose *.h they include.
+
     <cache>/<name>-<key>.so = library | SHA-256 of the library (32 bytes, which loaders ignore)
     cache = $XDG_CACHE_HOME/bitnest/native, or ~/.cache/bitnest/native
-    key   = hash of source, flags, the compiler's version and the CPU's model and features
+    key   = hash of sources, flags, the compiler's version and the CPU's model and features
 
 The library is written beside its final name and renamed, so processes that build at once end with
 one whole file; the digest tells a damaged one, which is built again rather than mapped. Nothing is
@@ -35,7 +38,10 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=c11", "-ffp-contract=off")
 COMPILERS = ("cc", "gcc", "clang")  # after $CC
-COMPILE_SECONDS = 120
+COMPILE_SECONDS = 300
+# Several files may start threads, and call one another by names that libc or torch also has:
+# protected ones are bound within the library.
+FOLDER_FLAGS = ("-pthread", "-fvisibility=protected")
 DIGEST = 32  # bytes of SHA-256
 SHARED_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -45,13 +51,14 @@ class Unavailable(Exception):
 
 
 @cache
-def load(name: str) -> ctypes.CDLL | None:
-    """The library of kernels/<name>.c, built if need be; None, and a line in the log, if it cannot.
+def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library `name`, built if need be with `flags` after the usual ones.
 
-    Asked once per process: later calls give the same answer.
+    None, and a line in the log, if it cannot. Asked once per process: later calls give the same
+    answer.
     """
     try:
-        library = _open(name)
+        library = _open(name, flags)
     except (Unavailable, OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.info("kernels/%s: the reference in torch runs: %s", name, _reason(error))
         return None
@@ -59,9 +66,23 @@ def load(name: str) -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def build_variant(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The library as another machine or option would have it, for tests and benchmarks.
+
+    A `-march` among the flags takes the place of `-march=native`; whether this CPU can run the
+    result is the caller's to know. None, and a line in the log, if it cannot be built.
+    """
+    try:
+        return _open(name, flags)
+    except (Unavailable, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.info("kernels/%s %s: not built: %s", name, " ".join(flags), _reason(error))
+        return None
+
+
 def source_hash(name: str) -> str:
-    """Eight digits of the source's hash: what its results depend on."""
-    return hashlib.sha256(_source(name).read_bytes()).hexdigest()[:8]
+    """Eight digits of the sources' hash: what its results depend on."""
+    return hashlib.sha256(_text(name)).hexdigest()[:8]
 
 
 def cache_directory() -> Path:
@@ -71,30 +92,28 @@ def cache_directory() -> Path:
     return root / "bitnest" / "native"
 
 
-def _open(name: str) -> ctypes.CDLL:
+def _open(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     if not hasattr(os, "getuid"):
         raise Unavailable(f"not a POSIX system: {platform.system()}")
     compiler = _compiler()
-    key = hashlib.sha256(
-        b"\0".join(
-            [_source(name).read_bytes(), *map(str.encode, FLAGS), _version(compiler), _cpu()]
-        )
-    ).hexdigest()[:32]
+    about = [_text(name), *map(str.encode, _flags(name, flags)), _version(compiler), _cpu()]
+    key = hashlib.sha256(b"\0".join(about)).hexdigest()[:32]
     directory = cache_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(directory)
     file = directory / f"{name}-{key}.so"
     if not _whole(file):
-        _build(name, compiler, file)
+        _build(name, compiler, _flags(name, flags), file)
     return ctypes.CDLL(str(file))
 
 
-def _build(name: str, compiler: list[str], file: Path) -> None:
+def _build(name: str, compiler: list[str], flags: list[str], file: Path) -> None:
     """Compile to a temporary file, append its digest, rename."""
     handle, temporary = tempfile.mkstemp(prefix=f".{name}-", suffix=".so", dir=file.parent)
     os.close(handle)
     try:
-        command = [*compiler, *FLAGS, "-o", temporary, str(_source(name))]
+        sources = [str(file) for file in _sources(name) if file.suffix == ".c"]
+        command = [*compiler, *sources, *flags, "-o", temporary]  # -l after what needs it
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
         )
@@ -165,8 +184,35 @@ def _cpu() -> bytes:
     return "\n".join(about).encode()
 
 
-def _source(name: str) -> Path:
-    return SOURCES / f"{name}.c"
+def _flags(name: str, extra: tuple[str, ...]) -> list[str]:
+    """All flags of a library: the extra ones come last, so they win."""
+    own = FOLDER_FLAGS if (SOURCES / name).is_dir() else ()
+    usual = [*FLAGS, *own]
+    if any(flag.startswith("-march=") for flag in extra):
+        usual = [flag for flag in usual if not flag.startswith("-march=")]
+    return [*usual, *extra]
+
+
+def _sources(name: str) -> list[Path]:
+    """The file of a library, or the files of its folder by name: *.c and *.h, no folders in it."""
+    folder = SOURCES / name
+    if not folder.is_dir():
+        return [SOURCES / f"{name}.c"]
+    found = sorted(file for file in folder.iterdir() if file.suffix in (".c", ".h"))
+    if not any(file.suffix == ".c" for file in found):
+        raise Unavailable(f"no C source in {folder}")
+    return found
+
+
+def _text(name: str) -> bytes:
+    """What a library is made of: one file's bytes, or each file's name, length and bytes."""
+    if not (SOURCES / name).is_dir():
+        return (SOURCES / f"{name}.c").read_bytes()
+    parts = []
+    for file in _sources(name):
+        data = file.read_bytes()
+        parts.append(f"{file.name} {len(data)}\n".encode() + data)
+    return b"".join(parts)
 
 
 def _reason(error: BaseException) -> str:
