@@ -102,7 +102,7 @@ class InputErrors:
             for b, counts in enumerate(own):
                 for p, fmt in enumerate(self.formats):
                     if fmt.has_static:
-                        self._scales[name, b, p] = counts.scale(fmt, self.static)
+                        self._scales[name, b, p] = counts.scale(fmt, self.static, name)
         self._magnitudes.clear()
 
     def look(self, site: Site, x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from bitnest.artifact import Artifact, site_tensors
 from bitnest.errors import ArtifactError
 from bitnest.formats import AnyFormat
 from bitnest.formats.inputs import parse_inputs
+from bitnest.kernels.inputs import check_static
 from bitnest.manifest import SiteRecord
 from bitnest.packed.embedding import pack_embedding, share_with_head
 from bitnest.packed.modules import PackedWeight, pack_experts, pack_linear
@@ -73,6 +74,7 @@ class BitnestQuantizer(HfQuantizer):
         for record, weight in self.weights:
             if record.inputs:
                 weight.inputs, weight.static = parse_inputs(record.inputs), record.input_scale
+                check_static(weight.inputs, weight.static, record.site.name)
             device = _device_of(model, record.site.module)
             weight.load(site_tensors(record, headers, weight.fmt), device)
             if record.site.kind == "embedding":

@@ -419,7 +419,7 @@ class _Run:
 
         self._run_block(layer, look, keep=False)
         for name, magnitudes in seen.items():
-            scale = magnitudes.scale(found[name].inputs, self.job.recipe.static)
+            scale = magnitudes.scale(found[name].inputs, self.job.recipe.static, name)
             found[name] = replace(found[name], static=scale)
         return found
 
