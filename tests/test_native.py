@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnest.kernels import native
+from bitnest.kernels import csource, native
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
@@ -23,7 +23,7 @@ x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A library `pair` of two files and a header, an empty cache. glibc has a `step` too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "SOURCES", tmp_path)
+    monkeypatch.setattr(csource, "SOURCES", tmp_path)
     made = tmp_path / "pair"
     made.mkdir()
     (made / "pair.h").write_text("#ifndef STEP\n#define STEP 1\n#endif\nint step(int x);\n")
