@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from tests.tiny import Builder, make_tokenizer, words
+
+WORKER_BYTES = 3 << 29  # of one process with torch, transformers and what a test loads
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: as many as there are cores for this process, and memory.
+
+    The plugin itself asks psutil, which counts the machine's cores, granted or not.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    granted = min(cores or 1, math.ceil(cpu_quota(Path("/sys/fs/cgroup/cpu.max"))))
+    return max(1, min(granted, free_bytes(Path("/proc/meminfo")) // WORKER_BYTES))
+
+
+def cpu_quota(file: Path) -> float:
+    """Cores that a control group may use; a large number where there is no limit."""
+    quota, _, period = (file.read_text() if file.exists() else "max 1").partition(" ")
+    return 1e6 if quota == "max" else int(quota) / int(period)
+
+
+def free_bytes(file: Path) -> int:
+    """Memory that is free or can be freed; a large number where it is not known."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else 1 << 50
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from bitnest import api
 from bitnest.api import exporting
 from bitnest.artifact import Artifact, site_tensors
 from bitnest.checkpoint import Checkpoint
+from bitnest.cli import main
 from bitnest.errors import (
     ArtifactError,
     BitnestError,
@@ -465,24 +465,29 @@ def test_fused_and_transposed_experts_are_compressed_again(tiny: Builder, tmp_pa
 # ---------------------------------------------------------------- the command line
 
 
-def bitnest_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bitnest", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+def test_commands_say_what_they_do(
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bitnest", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
 
-
-def test_commands_say_what_they_do(dense: Path, tmp_path: Path) -> None:
-    done = bitnest_command(
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = command(
         "export", dense, "--bits", 4, "--group", 32, "--method", "rtn", "--json",
         "-o", tmp_path / "e",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["requantised"]["decoded"] == 8
-    done = bitnest_command("export", dense, "--bits", 9, "-o", tmp_path / "f")
-    assert done.returncode == 2 and "2 to 8 bits" in done.stderr
-    done = bitnest_command(
+    assert code == 0, err
+    assert json.loads(out)["requantised"]["decoded"] == 8
+    code, _, err = command("export", dense, "--bits", 9, "-o", tmp_path / "f")
+    assert code == 2 and "2 to 8 bits" in err
+    code, _, err = command(
         "compress", dense, "--format", "int4-g32", "--method", "rtn", "-o", tmp_path / "a"
     )
-    assert done.returncode == 0, done.stderr
-    assert "decoded at 8 bits: the error of that width is added" in done.stderr
+    assert code == 0, err
+    assert "decoded at 8 bits: the error of that width is added" in err

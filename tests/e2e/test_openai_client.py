@@ -1,9 +1,9 @@
 """`bitnest serve demo` as a process, spoken to by the real `openai` client.
 
-The embedded model is compressed first, as `serve` does by itself. Start-up, authentication, both
-endpoints whole and streamed, many clients at once, and the exit code after a signal. Where texts
-are compared a float32 copy is served, because in bfloat16 two nearly equal logits may change places
-with the size of the batch.
+The embedded model is compressed first, as `serve` does by itself, by rounding: GPTQ takes a minute.
+Start-up, authentication, both endpoints whole and streamed, many clients at once, and the exit code
+after a signal. Where texts are compared a float32 copy is served, because in bfloat16 two nearly
+equal logits may change places with the size of the batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Running:
 
 @contextmanager
 def server(*options: str, model: str = "demo") -> Iterator[Running]:
-    how = ["--cache-dir", str(CACHE)] if model == "demo" else ["--dense"]
+    how = ["--cache-dir", str(CACHE), "--method", "rtn"] if model == "demo" else ["--dense"]
     command = [sys.executable, "-m", "bitnest", "serve", model, "--port", "0", *how, *options]
     process = subprocess.Popen(
         command,
