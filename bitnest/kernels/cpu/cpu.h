@@ -58,7 +58,7 @@ typedef struct {
     float factor;            /* times every scale */
     int32_t zero;            /* the code of zero where none are stored */
     const uint8_t *zeros;    /* [blocks][groups][16], or NULL */
-    const uint8_t *table;    /* INTEGER: 2^bits bytes that codes stand for, or NULL.
+    const uint8_t *table;    /* INTEGER: what codes of 6 bits or fewer stand for, 64 bytes, or NULL.
                                 TABLE: 2^bits high bytes, then 2^bits low bytes, of bfloat16 */
     const uint16_t *dense;   /* DENSE: bfloat16 [blocks][units][16][16 rows][2 columns] */
 } weight_t;

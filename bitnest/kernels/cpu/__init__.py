@@ -1,0 +1,1 @@
+"""CPU kernels: C with SIMD, compiled at first use (`library`), and weights laid out for it."""

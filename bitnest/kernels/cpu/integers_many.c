@@ -1,0 +1,217 @@
+/* Integer weights times many tokens.
+
+   GANG blocks of rows at a time. PANEL columns of them are unpacked to bytes, which stay in L1 while
+   TILE tokens after another pass over them: GANG x TILE accumulators in registers, weights loaded
+   once for TILE dot products and inputs once for GANG. Each plane of inputs is a pass of its own; the
+   sum is shifted up 8 bits between them. Inputs are packed beforehand so that the four columns of
+   all tokens of a tile lie together. */
+
+#include "integers.h"
+
+#define GANG (VB == 64 ? 4 : 1)
+#define TILE (SPECIAL ? 6 : 2)
+#define PANEL 256 /* columns */
+
+typedef struct {
+    const weight_t *w;
+    const inputs_t *x;
+    const cells_t *cells;
+    const uint8_t *panel; /* [GANG][PANEL / STEP][256] */
+    int64_t panel_start;  /* in steps */
+    int64_t block;        /* the first of the gang */
+    float *sums;          /* [tokens][GANG][16] */
+    int32_t *carry;       /* the same, integers */
+} many_t;
+
+/* Tokens [first, first + T): their inputs, and what packs them. */
+typedef struct {
+    int64_t token;
+    const int8_t *packed; /* [P][columns / 4][T][4] */
+} tile_t;
+
+static void pack(const inputs_t *x, int64_t token, int T, int8_t *out) {
+    for (int p = 0; p < x->planes; p++)
+        for (int t = 0; t < T; t++) {
+            const int8_t *from = x->codes + ((token + t) * x->planes + p) * x->columns;
+            int8_t *to = out + (p * (x->columns / 4) * T + t) * 4;
+            for (int64_t i = 0; i < x->columns / 4; i++) memcpy(to + i * T * 4, from + 4 * i, 4);
+        }
+}
+
+#define SET(a, value)                                                                            \
+    UNROLL for (int r = 0; r < G * SUBS; r++) UNROLL for (int t = 0; t < T; t++) {               \
+        a[r][t] = (value);                                                                       \
+    }
+
+/* Adds a cell's sums, or of three planes' the first's, to the float sums. */
+ALWAYS void flush(const many_t *job, const tile_t *tile, int64_t i, vi32 a[GANG * SUBS][TILE], int G,
+                  int T, int first) {
+    const weight_t *w = job->w;
+    const cells_t *cells = job->cells;
+    const cell_t *cell = cells->cell + i;
+    const int32_t *zero = cells->zero[!first];
+    UNROLL for (int r = 0; r < G * SUBS; r++) {
+        int64_t block = job->block + r / SUBS;
+        vf32 scale = weight_scale(w, block, cell->group, r % SUBS);
+        UNROLL for (int t = 0; t < T; t++) {
+            int64_t number = (tile->token + t) * cells->count + i;
+            vi32 sum = zero ? less_zero(w, a[r][t], zero[number], block, cell->group, r % SUBS) : a[r][t];
+            vf32 value = to_f32(sum) * cells->scale[number] * scale;
+            float *y = job->sums + ((tile->token + t) * GANG * SUBS + r) * LANES;
+            STORE(vf32, y, LOAD(vf32, y) + (first ? value * 65536.0f : value));
+        }
+    }
+}
+
+/* Dual grain: integer scales before the sum is rounded. */
+ALWAYS void flush_whole(const many_t *job, const tile_t *tile, int64_t i,
+                        vi32 a[GANG * SUBS][TILE], int G, int T) {
+    const weight_t *w = job->w;
+    const cells_t *cells = job->cells;
+    const cell_t *cell = cells->cell + i;
+    UNROLL for (int r = 0; r < G * SUBS; r++) {
+        int64_t block = job->block + r / SUBS;
+        vi32 scale = integer_scale(w, block, cell->group, r % SUBS);
+        UNROLL for (int t = 0; t < T; t++) {
+            int64_t token = tile->token + t, number = token * cells->count + i;
+            int64_t at = (token * GANG * SUBS + r) * LANES;
+            vi32 sum = a[r][t];
+            if (cells->zero[1])
+                sum = less_zero(w, sum, cells->zero[1][number], block, cell->group, r % SUBS);
+            sum = mul(sum, scale);
+            if (cell->resumes) sum = add(sum, LOAD(vi32, job->carry + at));
+            if (cell->goes_on)
+                STORE(vi32, job->carry + at, sum);
+            else
+                STORE(vf32, job->sums + at,
+                      LOAD(vf32, job->sums + at) + to_f32(sum) * cells->scale[number]);
+        }
+    }
+}
+
+ALWAYS void carry_over(const many_t *job, const tile_t *tile, vi32 a[GANG * SUBS][TILE], int G, int T,
+                       int out) {
+    UNROLL for (int r = 0; r < G * SUBS; r++) UNROLL for (int t = 0; t < T; t++) {
+        int32_t *at = job->carry + ((tile->token + t) * GANG * SUBS + r) * LANES;
+        if (out)
+            STORE(vi32, at, a[r][t]);
+        else
+            a[r][t] = LOAD(vi32, at);
+    }
+}
+
+/* Cells [from, to), which lie in the panel. */
+ALWAYS void many(const many_t *job, const tile_t *tile, int64_t from, int64_t to, int G, int T, int wide) {
+    const inputs_t *x = job->x;
+    for (int64_t i = from; i < to; i++) {
+        const cell_t *cell = job->cells->cell + i;
+        vi32 a[GANG * SUBS][TILE];
+        SET(a, (vi32){0});
+        if (cell->resumes && !job->cells->whole_rows) carry_over(job, tile, a, G, T, 0);
+        for (int p = 0; p < x->planes; p++) {
+            if (p == 1 && x->planes == 3) {
+                flush(job, tile, i, a, G, T, 1);
+                SET(a, (vi32){0});
+            } else if (p) {
+                SET(a, times256(a[r][t]));
+            }
+            const uint8_t *c = job->panel + (cell->start - job->panel_start) * 256;
+            const int8_t *in = tile->packed + (p * x->columns / 4 + cell->start * 4) * T * 4;
+            for (int32_t v = 0; v < cell->steps * 4; v++, c += 64, in += 4 * T) {
+                vu8 codes[GANG * SUBS];
+                UNROLL for (int r = 0; r < G * SUBS; r++)
+                    codes[r] = LOAD(vu8, c + r / SUBS * (PANEL * 16) + r % SUBS * VB);
+                UNROLL for (int t = 0; t < T; t++) {
+                    vi32 four_columns = four(in + 4 * t);
+                    UNROLL for (int r = 0; r < G * SUBS; r++)
+                        a[r][t] = dot4(a[r][t], codes[r], four_columns, wide);
+                }
+            }
+        }
+        if (job->cells->whole_rows)
+            flush_whole(job, tile, i, a, G, T);
+        else if (cell->goes_on)
+            carry_over(job, tile, a, G, T, 1);
+        else
+            flush(job, tile, i, a, G, T, 0);
+    }
+}
+
+#define MANY(G, T)                                                                               \
+    static void many_##G##_##T(const many_t *job, const tile_t *tile, int64_t from, int64_t to) { \
+        many(job, tile, from, to, G, T, 1);                                                      \
+    }
+#define MANY_TOKENS(G) MANY(G, 3) MANY(G, 4) MANY(G, 5) MANY(G, 6)
+MANY(1, 1)
+MANY(1, 2)
+#if SPECIAL
+MANY_TOKENS(1)
+#endif
+#if VB == 64
+MANY(4, 1)
+MANY(4, 2)
+MANY_TOKENS(4)
+#endif
+typedef void (*many_f)(const many_t *, const tile_t *, int64_t, int64_t);
+static const many_f alone[] = {
+    many_1_1, many_1_2,
+#if SPECIAL
+    many_1_3, many_1_4, many_1_5, many_1_6,
+#endif
+};
+#if VB == 64
+static const many_f together[] = {many_4_1, many_4_2, many_4_3, many_4_4, many_4_5, many_4_6};
+#else
+#define together alone
+#endif
+
+/* The float sums of a gang, rounded by nobody yet, to rows of y. */
+static void put_gang(const many_t *job, float *y, int64_t stride, int G) {
+    for (int64_t t = 0; t < job->x->tokens; t++)
+        for (int r = 0; r < G * SUBS; r++) {
+            const float *from = job->sums + (t * GANG * SUBS + r) * LANES;
+            int64_t block = job->block + r / SUBS;
+            put_rows(job->w, y + t * stride, block, r % SUBS,
+                     LOAD(vf32, from) * row_factor(job->w, block, r % SUBS));
+        }
+}
+
+void product_many(const weight_t *w, const inputs_t *x, float *y, int64_t stride, int64_t first,
+                  int64_t last) {
+    cells_t cells = make_cells(w, x, PANEL, 1);
+    int64_t T = x->tokens, tiles = (T + TILE - 1) / TILE;
+    size_t size = (size_t)T * GANG * ROWS * 4;
+    uint8_t *panel = scratch(2, GANG * PANEL * 16);
+    int8_t *packed = scratch(3, (size_t)(T * x->planes * x->columns));
+    many_t job = {.w = w, .x = x, .cells = &cells, .panel = panel};
+    job.sums = scratch(4, size);
+    job.carry = scratch(5, size);
+    for (int64_t k = 0; k < tiles; k++) {
+        int64_t token = T * k / tiles, end = T * (k + 1) / tiles;
+        pack(x, token, (int)(end - token), packed + token * x->planes * x->columns);
+    }
+    for (int64_t block = first; block < last;) {
+        int G = last - block >= GANG ? GANG : 1;
+        const many_f *kernels = G == GANG ? together : alone;
+        job.block = block;
+        memset(job.sums, 0, size);
+        for (int64_t from = 0, to; from < cells.count; from = to) {
+            int64_t start = cells.cell[from].start, end = start;
+            for (to = from; to < cells.count; to++) {
+                int64_t stop = cells.cell[to].start + cells.cell[to].steps;
+                if (stop > start + PANEL / STEP) break;
+                end = stop;
+            }
+            job.panel_start = start;
+            for (int g = 0; g < G; g++)
+                unpack(w, block + g, start, end - start, panel + g * PANEL * 16);
+            for (int64_t k = 0; k < tiles; k++) {
+                int64_t token = T * k / tiles, n = T * (k + 1) / tiles - token;
+                tile_t tile = {token, packed + token * x->planes * x->columns};
+                kernels[n - 1](&job, &tile, from, to);
+            }
+        }
+        put_gang(&job, y, stride, G);
+        block += G;
+    }
+}

@@ -1,0 +1,47 @@
+"""Stored tensors to the memory layout of the CPU kernels, whatever the format.
+
+Each family of formats has a file: `why_not` says what stands in the way, `lay_out` converts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+
+from bitnest.formats import AnyFormat, BlockFormat
+from bitnest.kernels.cpu import layout_integers
+from bitnest.kernels.cpu.library import library
+from bitnest.kernels.cpu.linear import CpuWeight
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def families(fmt: AnyFormat) -> tuple[ModuleType, ...]:
+    """Files that may lay the format out, in the order they are asked."""
+    if isinstance(fmt, BlockFormat):
+        return (layout_integers,)
+    return ()
+
+
+def why_not(fmt: AnyFormat, shape: tuple[int, int]) -> str:
+    """Why the CPU kernels do not run a weight of that format and (out, in) shape; empty: they do."""
+    if library() is None:
+        return "the C kernels were not built"
+    reasons = [family.why_not(fmt, shape) for family in families(fmt)]
+    return min(reasons, key=len, default=f"no CPU kernel for {fmt.name}")
+
+
+def lay_out(tensors: Tensors, fmt: AnyFormat, shape: tuple[int, int]) -> CpuWeight | None:
+    """The weight stored as `fmt.parts(shape)`, for the CPU kernels; None where `why_not`."""
+    if library() is None:
+        return None
+    for family in families(fmt):
+        if not family.why_not(fmt, shape):
+            made: CpuWeight = family.lay_out(tensors, fmt, shape)
+            return made
+    return None

@@ -1,0 +1,109 @@
+"""Products with weights laid out for the C kernels.
+
+Inputs become integers of 16 or 24 bits, with a scale per INPUT_BLOCK columns, and sums of products
+are exact within a cell. On inputs that are normally distributed the error relative to float64 is
+
+    bfloat16, float16    16 bits    about 3e-5
+    float32              24 bits    about 1e-7, as of a product in float32
+
+Float32 keeps 24 bits at any number of tokens: three planes of 8-bit products are more per cycle than
+the same product in float32, so nothing is decoded to a dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bitnest.kernels.cpu.library import INTEGER, NUMBERS, Inputs, Weight, library
+from bitnest.kernels.inputs import Coded
+
+INPUT_BLOCK = 128  # columns per scale of inputs
+UNIT, STEP = 32, 16
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class CpuWeight:
+    """One matrix (N, K) in the memory layout of cpu.h.
+
+    struct: what C reads; it points into `held`. shape: (N, K). restorer: gives back the stored
+    tensors from this. cell_group: columns per scale.
+    """
+
+    struct: Weight
+    held: Tensors
+    shape: tuple[int, int]
+    restorer: Callable[[CpuWeight], Tensors]
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes, padding included."""
+        return sum(t.numel() * t.element_size() for t in self.held.values())
+
+    def restore(self) -> Tensors:
+        """The stored tensors it was made from, bit for bit."""
+        return self.restorer(self)
+
+    @property
+    def path(self) -> str:
+        """Which kernels these are."""
+        return "cpu"
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        """x W^T of x (..., K) float32, bfloat16 or float16: (..., N) of the same type. planes:
+        bytes that inputs are cut into; None: as their type deserves."""
+        rows, columns = self.shape
+        if x.dtype not in NUMBERS or x.shape[-1] != columns:
+            raise TypeError(f"inputs (..., {columns}) of 16 or 32 bits, not {x.dtype} {x.shape}")
+        flat = x.reshape(-1, columns)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        y = torch.empty((len(flat), rows), dtype=x.dtype)
+        found = library()
+        assert found is not None
+        planes = planes or (3 if x.dtype == torch.float32 else 2)
+        found.linear(
+            self.struct, flat.data_ptr(), len(flat), flat.stride(0), y.data_ptr(), rows,
+            NUMBERS[x.dtype], planes, INPUT_BLOCK,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], rows)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        """x W^T, (T, N) float32, of integer inputs (kernels/inputs.py), their kept channels left
+        out; None where the kernels do not take them: the caller's reference runs."""
+        if not self.takes(parts):
+            return None
+        part = parts[0]
+        tokens, columns = len(part.values), self.struct.units * UNIT
+        codes = torch.zeros((tokens, columns), dtype=torch.int8)
+        codes[:, : self.shape[1]] = part.values
+        sums = codes.view(tokens, -1, STEP).sum(2, dtype=torch.int32)
+        scales = part.scales.float().contiguous()
+        block = columns if scales.shape[1] == 1 else part.group
+        y = torch.empty((tokens, self.shape[0]), dtype=torch.float32)
+        x = Inputs(
+            tokens=tokens, columns=columns, planes=1, block=block, codes=codes.data_ptr(),
+            scales=scales.data_ptr(), sums=sums.data_ptr(),
+        )  # fmt: skip
+        found = library()
+        assert found is not None
+        found.linear_coded(self.struct, x, y.data_ptr(), self.shape[0])
+        return y
+
+    def takes(self, parts: Sequence[Coded]) -> bool:
+        """Whether `product_coded` runs on such inputs: one run of 8-bit integers."""
+        part = parts[0]
+        whole = len(parts) == 1 and part.start == 0 and part.values.shape[1] == self.shape[1]
+        even = part.scales.shape[1] == 1 or part.group % STEP == 0
+        return whole and part.integer and even and self.struct.engine == INTEGER
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Where its numbers lie."""
+    return None if tensor is None else tensor.data_ptr()
+
+
