@@ -47,7 +47,10 @@ def command(
     api_key: str = typer.Option(None, "--api-key", help="Ask clients for this key."),
     name: str = typer.Option(None, "--model-name", help="Name clients use (default: MODEL)."),
     backend: str = typer.Option(
-        "continuous", "--backend", help="continuous batching, or generate: one request at a time."
+        "auto",
+        "--backend",
+        help="native: the C runtime, one request at a time; continuous: batches; generate: any "
+        "model, one at a time; auto: native where it takes the model, else continuous.",
     ),
     cache_tokens: int = typer.Option(32768, "--cache-tokens", help="KV cache, in tokens."),
     kv: str = typer.Option(
@@ -70,8 +73,10 @@ def command(
     prepare_process()
     if engine not in {"bitnest", "vllm"}:
         raise RecipeError(f"unknown engine '{engine}'", hint="bitnest or vllm")
-    if backend not in {"continuous", "generate"}:
-        raise RecipeError(f"unknown backend '{backend}'", hint="continuous or generate")
+    if backend not in {"auto", "native", "continuous", "generate"}:
+        raise RecipeError(
+            f"unknown backend '{backend}'", hint="auto, native, continuous or generate"
+        )
     if engine == "bitnest":
         require("fastapi", "serve")
         require("uvicorn", "serve")
@@ -128,7 +133,7 @@ def command(
         host=host,
         port=port,
         api_key=api_key,
-        backend="generate" if backend == "generate" else "continuous",
+        backend=backend,  # type: ignore[arg-type]  # one of the four, above
         cache_tokens=cache_tokens,
         max_pending=max_pending,
         kv=read_kv(kv),

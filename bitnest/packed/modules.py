@@ -26,11 +26,14 @@ from bitnest.formats import AnyFormat, ZeroFormat
 from bitnest.formats.inputs import InputFormat
 from bitnest.kernels.decode import decode
 from bitnest.kernels.experts import experts_forward
+from bitnest.kernels.inputs import code_inputs
+from bitnest.kernels.laid import Laid, lay_out, turn
 from bitnest.kernels.products import CodedWeight, integer_weight, rounded_product
 from bitnest.kernels.rows import decode_rows, row_decodable
 from bitnest.sites import Site
 
 SLICE = 1 << 24  # weights of a head decoded at once
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackedWeight(nn.Module):
@@ -39,6 +42,10 @@ class PackedWeight(nn.Module):
     fmt: how it is stored. shape: (out, in). Tensors are set by `load`. keep: hold on to the decoded
     matrix, which takes its dense size and saves decoding it again. inputs: how what it reads is
     rounded, with the static scale of these, if they are; `rounds` switches that off and on.
+    looked_up: rows are asked for while it multiplies, so a layout does not replace what is stored.
+
+    The first product lays the weight out for the kernels of its device (`kernels/laid`), in the
+    place of the stored tensors: these are restored when they are asked for.
     """
 
     def __init__(self, fmt: AnyFormat, shape: tuple[int, int]) -> None:
@@ -49,6 +56,9 @@ class PackedWeight(nn.Module):
         self.inputs: InputFormat | None = None
         self.static: float | None = None
         self.rounds = True
+        self.looked_up = False
+        self._laid: Laid | None = None
+        self._unlaid = False  # no kernel takes it: asked once
         self._kept: torch.Tensor | None = None
         self._codes: list[CodedWeight] | None = None
         parts = fmt.parts(shape)
@@ -60,12 +70,14 @@ class PackedWeight(nn.Module):
 
     def load(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Take the stored tensors onto `device`."""
+        self._laid, self._unlaid = None, False
         for name in self.parts:
             setattr(self, name, tensors[name].to(device))
         self.place = torch.empty(0, dtype=torch.uint8, device=device)
 
     def change(self, fmt: AnyFormat, tensors: Mapping[str, torch.Tensor]) -> None:
         """Become `fmt`, which shares parts with what is here. tensors: the parts it adds."""
+        self.restore()
         device, parts = self.device, fmt.parts(self.shape)
         for name in set(self.parts) - set(parts):
             delattr(self, name)
@@ -73,6 +85,24 @@ class PackedWeight(nn.Module):
             if name not in self.parts:
                 self.register_buffer(name, tensors[name].to(device), persistent=False)
         self.fmt, self.parts, self._kept, self._codes = fmt, tuple(parts), None, None
+        self._unlaid = False
+
+    def lay_out(self) -> Laid | None:
+        """The weight as this device's kernels want it; None where none takes its format."""
+        if self._laid is None and not self._unlaid and not self.dropped:
+            self._laid = lay_out(self.tensors, self.fmt, self.shape)
+            self._unlaid = self._laid is None
+            if self._laid is not None and not self.looked_up:
+                for name in self.parts:
+                    setattr(self, name, None)
+        return self._laid
+
+    def restore(self) -> None:
+        """Hold the stored tensors again, and no layout."""
+        if self._laid is not None:
+            for name, tensor in self.tensors.items():
+                setattr(self, name, tensor)
+            self._laid = None
 
     @property
     def loaded(self) -> bool:
@@ -82,7 +112,8 @@ class PackedWeight(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        return sum(getattr(self, name).nbytes for name in self.parts)
+        laid = 0 if self._laid is None else self._laid.nbytes
+        return laid + sum(t.nbytes for name in self.parts if (t := getattr(self, name)) is not None)
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense (out, in) matrix: made anew at each call, or once if `keep` is set."""
@@ -98,20 +129,37 @@ class PackedWeight(nn.Module):
         """Whether inputs are rounded."""
         return self.inputs is not None and self.rounds and not self.dropped
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T, (..., out) of x (..., in), in x's type."""
-        if not self.rounding:
-            return F.linear(x, self.decode(x.dtype))
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b, (..., out) of x (..., in), in x's type. Inputs are rounded where they are to
+        be; the product is a kernel's where one takes the format, unless a decoded matrix is held or
+        gradients are to flow."""
+        native = not self.keep and not x.requires_grad and x.dtype in KERNEL_TYPES
+        laid = self.lay_out() if native else None
+        flat = x.reshape(-1, self.shape[1])
+        if self.rounding:
+            y = self._rounded(flat, laid)
+        elif laid is not None:
+            y = laid.product(flat)
+        else:
+            return F.linear(x, self.decode(x.dtype), bias)
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
+
+    def _rounded(self, x: torch.Tensor, laid: Laid | None) -> torch.Tensor:
+        """The product with x (n, in) rounded, (n, out) float32."""
         assert self.inputs is not None
+        if laid is not None and self.inputs.integer:
+            y = laid.product_coded(code_inputs(turn(laid, x.float()), self.inputs, self.static))
+            if y is not None:
+                return y
         codes = self._codes
         if codes is None and self.inputs.integer:
             codes = integer_weight(self.tensors, self.fmt, self.shape)
             self._codes = codes if self.keep else None
-        y = rounded_product(
-            x.reshape(-1, self.shape[1]).float(), self.inputs, self.static, self.fmt, self.tensors,
+        return rounded_product(
+            x.float(), self.inputs, self.static, self.fmt, self.tensors,
             codes=codes, dense=self.decode(torch.float32) if codes is None else None,
         )  # fmt: skip
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Some of its rows (n,) int64, decoded: (n, in)."""
@@ -119,7 +167,9 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by name."""
+        """The stored tensors by name; restored, at some cost, where a layout replaced them."""
+        if self._laid is not None and not self.looked_up:
+            return self._laid.restore()
         return {name: getattr(self, name) for name in self.parts}
 
     @property
@@ -135,6 +185,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Move between devices, but never let `.to(dtype)` change stored scales."""
+        self.restore()
         stored = self.tensors
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
@@ -215,10 +266,7 @@ class PackedLinear(nn.Module):
         return self.packed.decode(torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed.rounding:
-            y = self.packed.product(x)
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, self.packed.decode(x.dtype), self.bias)
+        return self.packed.product(x, self.bias)
 
 
 class PackedHead(PackedLinear):
@@ -226,7 +274,8 @@ class PackedHead(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = max(1, SLICE // self.in_features)
-        if self.out_features <= step or not row_decodable(self.packed.fmt):
+        small = self.out_features <= step or not row_decodable(self.packed.fmt)
+        if small or self.packed.lay_out() is not None:
             return super().forward(x)
         parts = []
         for start in range(0, self.out_features, step):
@@ -249,8 +298,8 @@ class _PackedExperts:
         decoded = [part.decode(dtype) for part in parts]
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
-    def rounded_product(self, expert: int, param: str, x: torch.Tensor) -> torch.Tensor:
-        """What one expert's `param` gives for x (n, in), which its parts round on their own."""
+    def packed_product(self, expert: int, param: str, x: torch.Tensor) -> torch.Tensor:
+        """What one expert's `param` gives for x (n, in), its parts one by one."""
         parts = [w.product(x) for _, w in self.packed_sites[f"{param}.{expert}"]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -269,11 +318,8 @@ class _PackedExperts:
             top_k_weights,
             dropped=self.packed_dropped,
             added=None if self.packed_added is None else self.add_adapters,
-            product=self.rounded_product if self._rounding() else None,
+            product=self.packed_product,
         )
-
-    def _rounding(self) -> bool:
-        return any(w.rounding for parts in self.packed_sites.values() for _, w in parts)
 
     def add_adapters(
         self, expert: int, param: str, x: torch.Tensor, y: torch.Tensor

@@ -2,8 +2,9 @@
 
 A backend knows nothing about text, HTTP or asyncio. `submit` hands it a `Job` and a callback; the
 callback is called from the backend's own thread with every batch of new tokens, the last time with
-`finished` set or with an `error`. Two exist: `continuous` (transformers' continuous batching, the
-default) and `generate` (one `model.generate` at a time, which every model supports).
+`finished` set or with an `error`. Three exist: `native` (the C runtime, on CPUs, for families that
+it knows), `continuous` (transformers' continuous batching) and `generate` (one `model.generate` at
+a time, which every model supports).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bitnest.formats.kv import KVFormat
 
 
-class _Cancelled(Exception):
+class Cancelled(Exception):
     """Raised inside `generate` to leave it when its job was cancelled."""
 
 
@@ -47,7 +47,7 @@ class _Streamer:
 
     def put(self, value: torch.Tensor) -> None:
         if self._cancelled.is_set():
-            raise _Cancelled
+            raise Cancelled
         if self._prompt_seen:
             self._deliver(Update(tuple(int(i) for i in value.reshape(-1))))
         self._prompt_seen = True
@@ -124,7 +124,7 @@ class GenerateBackend:
                 if not cancelled.is_set():
                     self._generate(job, deliver, cancelled)
                     deliver(Update(finished=True))
-            except _Cancelled:
+            except Cancelled:
                 deliver(Update(error="the request was cancelled"))
             except Exception as error:  # noqa: BLE001  the thread must outlive any model error
                 deliver(Update(error=f"{type(error).__name__}: {error}"))

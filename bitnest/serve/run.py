@@ -115,7 +115,7 @@ def run_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
-    backend: BackendName = "continuous",
+    backend: BackendName = "auto",
     cache_tokens: int = 32768,
     max_pending: int = 256,
     grace: float = 3.0,
@@ -137,7 +137,9 @@ def run_server(
         say(f"KV cache {kv.name}: one request at a time (--kv none for continuous batching)")
     listener = listen(host, port)
     try:
-        engine = make_backend(backend, model, tokenizer, cache_tokens=cache_tokens, kv=kv)
+        engine = make_backend(
+            backend, model, tokenizer, cache_tokens=cache_tokens, kv=kv, say=say
+        )
         engine.start()
         app = create_app(
             model,

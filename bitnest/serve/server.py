@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from bitnest.errors import require
+from bitnest.errors import UnsupportedModel, require
 
 require("fastapi", "serve")
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from bitnest.formats.kv import KVFormat
 
-BackendName = Literal["continuous", "generate"]
+BackendName = Literal["auto", "native", "continuous", "generate"]
 
 _MAX_BODY = 32 * 2**20
 _DISCONNECT_POLL = 0.2  # seconds between looks at whether a waiting client is still there
@@ -60,13 +60,30 @@ def make_backend(
     *,
     cache_tokens: int = 32768,
     kv: KVFormat | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Backend:
     """The backend called `name`, not started; `generate` where kv says how the cache is stored.
+    `auto`: `native` where the C runtime takes the model, `continuous` elsewhere; says why.
 
     Raises:
-        UnsupportedModel: a family whose cache cannot be quantised.
+        UnsupportedModel: a family whose cache cannot be quantised; `native`, and the runtime does
+            not take the model.
     """
     ends = end_of_sequence_ids(model, tokenizer)
+    if name in {"auto", "native"} and kv is None:
+        from bitnest.packed.native_model import NativeModel, NotNative
+        from bitnest.serve.backend_native import NativeBackend
+
+        try:
+            return NativeBackend(model, NativeModel.of(model), ends)
+        except NotNative as error:
+            if name == "native":
+                raise UnsupportedModel(
+                    f"the native runtime does not take this model: {error}",
+                    where="--backend native",
+                    hint="--backend continuous",
+                ) from error
+            say(f"not by the native runtime: {error}")
     if name == "generate" or kv is not None:
         from bitnest.serve.backend_generate import GenerateBackend
 

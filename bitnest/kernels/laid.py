@@ -1,0 +1,210 @@
+"""Packed weights laid out for the kernels of the device they are on.
+
+`lay_out` takes a weight's stored tensors and gives it a layout that a kernel eats, or None where
+none does; `why_not` says why. A layout multiplies (`product`), gives single rows back (`rows`) and
+restores the stored tensors bit for bit (`restore`), so it is kept in their place, not beside them.
+
+Wrapped formats are laid out inside out: inputs are turned to the stored basis before the product
+(`basis`), a residual is added behind it, parts of split columns are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from bitnest.formats import (
+    AnyFormat,
+    LowRankFormat,
+    SplitFormat,
+    TransformedFormat,
+)
+from bitnest.formats.split import WIDE
+from bitnest.formats.wrappers import core_format
+from bitnest.kernels.basis import to_stored
+from bitnest.kernels.decode import split_tensors
+from bitnest.kernels.inputs import Coded
+
+Tensors = Mapping[str, torch.Tensor]
+Stored = dict[str, torch.Tensor]
+
+
+class Laid(Protocol):
+    """A weight in the layout of some kernels; shape (O, I).
+
+    path: which kernels, as `bitnest doctor` names them. nbytes: it takes.
+    """
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        """x W^T, (T, O) of x (T, I), in x's type. planes: bytes of precision that x deserves, where
+        its type has more: 2 for what was 16-bit; None: as its type."""
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        """The product with rounded inputs in the stored basis, (T, O) float32; None: not here."""
+
+    def restore(self) -> Stored:
+        """The stored tensors, bit for bit."""
+
+
+Provider = Callable[[Tensors, AnyFormat, tuple[int, int]], "Laid | None"]
+
+
+def lay_out(tensors: Tensors, fmt: AnyFormat, shape: tuple[int, int]) -> Laid | None:
+    """The stored tensors of an (O, I) weight, laid out for the device they are on; None where no
+    kernel takes the format."""
+    if isinstance(fmt, LowRankFormat):
+        own, rest = _apart(tensors, fmt.own_parts(shape))
+        base = lay_out(rest, fmt.base, shape)
+        return None if base is None else _Residual(base, own)
+    if isinstance(fmt, TransformedFormat):
+        core = core_format(fmt)
+        stored = core.parts(shape)
+        rest, own = _apart(tensors, stored)
+        base = lay_out(rest, core, shape)
+        return None if base is None else _Turned(base, fmt, own)
+    if isinstance(fmt, SplitFormat):
+        parts = [lay_out(*part) for part in split_tensors(tensors, fmt, shape)]
+        whole = tuple(part for part in parts if part is not None)
+        return _Split(whole, shape) if len(whole) == len(parts) else None
+    device = next((t.device.type for t in tensors.values()), "meta")
+    return _provider(device)(tensors, fmt, shape)
+
+
+def turn(laid: Laid, x: torch.Tensor) -> torch.Tensor:
+    """x (..., I) float32 in the basis that the weight is stored in."""
+    return to_stored(x, laid.fmt, laid.own) if isinstance(laid, _Turned) else x
+
+
+def _provider(device: str) -> Provider:
+    if device == "cpu":
+        from bitnest.kernels.cpu.layout import lay_out as on_cpu
+
+        return on_cpu
+    if device == "cuda":
+        from bitnest.kernels.gpu.layout import lay_out as on_gpu
+
+        return on_gpu
+    return lambda *_: None
+
+
+def _apart(tensors: Tensors, names: Container[str]) -> tuple[Stored, Stored]:
+    """Tensors of these names, and the others."""
+    own = {name: tensor for name, tensor in tensors.items() if name in names}
+    return own, {name: tensor for name, tensor in tensors.items() if name not in own}
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A weight stored in another basis: inputs are turned to it in float32. own: `channels` and
+    `order`, where the transforms have them."""
+
+    base: Laid
+    fmt: TransformedFormat
+    own: Stored
+
+    @property
+    def path(self) -> str:
+        return self.base.path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + _nbytes(self.own)
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        return self.base.product(turn(self, x.float()), planes or _planes(x)).to(x.dtype)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        return self.base.product_coded(parts)
+
+    def restore(self) -> Stored:
+        return {**self.base.restore(), **self.own}
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """A weight with a low-rank residual B A behind it, which reads x in its own basis."""
+
+    base: Laid
+    own: Stored
+
+    @property
+    def path(self) -> str:
+        return self.base.path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + _nbytes(self.own)
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        y = self.base.product(x.float(), planes or _planes(x))
+        inner = F.linear(x.float(), self.own["right"].float())
+        inner *= self.own["right_scales"].float() * self.own["left_scales"].float()
+        return y.addmm_(inner, self.own["left"].float().T).to(x.dtype)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        return None  # the residual is no integer
+
+    def restore(self) -> Stored:
+        return {**self.base.restore(), **self.own}
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A weight whose first columns have another format than the rest."""
+
+    parts: tuple[Laid, ...]
+    shape: tuple[int, int]
+
+    @property
+    def path(self) -> str:
+        return self.parts[-1].path
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        y = torch.zeros(len(x), self.shape[0], device=x.device)
+        for part, columns in zip(self.parts, self._columns(x), strict=True):
+            y += part.product(columns.float(), planes or _planes(x))
+        return y.to(x.dtype)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        return None
+
+    def restore(self) -> Stored:
+        first, rest = ({}, *(part.restore() for part in self.parts))[-2:]
+        return {**{WIDE + name: t for name, t in first.items()}, **rest}
+
+    def _columns(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return x.split([part.shape[1] for part in self.parts], dim=-1)
+
+
+def _planes(x: torch.Tensor) -> int:
+    """Bytes that inputs of x's type are cut into."""
+    return 3 if x.dtype == torch.float32 else 2
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
