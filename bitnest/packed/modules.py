@@ -213,7 +213,8 @@ def inputs_unrounded(model: nn.Module) -> Iterator[None]:
 
 def hold_decoded(model: nn.Module) -> bool:
     """Keep every packed weight decoded from its first use on, if half of the free memory holds them
-    all in the model's type; gives whether it does. The same numbers come out, sooner."""
+    all in the model's type; gives whether it does. The reference's numbers come out, which kernels
+    give up to rounding; for many tokens at a time."""
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     size = next(model.parameters()).element_size() if packed else 0
     need = sum(weight.shape[0] * weight.shape[1] for weight in packed) * size
