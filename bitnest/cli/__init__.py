@@ -16,6 +16,7 @@ from bitnest.cli import (
     analyze,
     compare_formats,
     compress,
+    doctor,
     eval,
     export,
     formats,
@@ -54,6 +55,7 @@ app.command("slice")(slice.command)
 app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
+app.command("doctor")(doctor.command)
 app.command("recipes")(recipes.command)
 app.command("compare-formats")(compare_formats.command)
 app.command("report")(statistics.report)

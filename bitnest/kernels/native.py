@@ -23,6 +23,7 @@ import os
 import platform
 import stat
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,17 @@ SHARED_WRITE = stat.S_IWGRP | stat.S_IWOTH
 FAILURES = (Unavailable, OSError, RuntimeError, subprocess.SubprocessError)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A library and where it is. level: that it was built for, if it came with the package. why:
+    none was built here."""
+
+    library: ctypes.CDLL | None
+    file: Path | None = None
+    level: str = ""
+    why: str = ""
+
+
 @cache
 def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The library `name`, built if need be with `flags` after the usual ones, or one that came with
@@ -46,12 +58,29 @@ def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     None, and a line in the log, if there is neither. Asked once per process: later calls give the
     same answer.
     """
+    found = find(name, flags)
+    if found.library is None:
+        log.info("kernels/%s: the reference in torch runs: %s", name, found.why)
+    elif found.level:
+        said = "kernels/%s: native code runs, built for %s with the package: %s"
+        log.info(said, name, found.level, found.why)
+    else:
+        log.info("kernels/%s: native code runs", name)
+    return found.library
+
+
+def find(name: str, flags: tuple[str, ...] = ()) -> Found:
+    """What `load` loads, without a word."""
     try:
-        library = _open(name, (NATIVE, *flags))
+        file = _built(name, (NATIVE, *flags))
+        return Found(ctypes.CDLL(str(file)), file)
     except FAILURES as error:
-        return _packaged(name, flags, _reason(error))
-    log.info("kernels/%s: native code runs", name)
-    return library
+        why = _reason(error)
+    try:
+        file, level = find_prebuilt(name, flags)
+        return Found(ctypes.CDLL(str(file)), file, level, why)
+    except FAILURES as error:
+        return Found(None, why=f"{why}; {_reason(error)}")
 
 
 @cache
@@ -63,7 +92,7 @@ def build_variant(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     """
     own = () if any(flag.startswith("-march=") for flag in flags) else (NATIVE,)
     try:
-        return _open(name, (*own, *flags))
+        return ctypes.CDLL(str(_built(name, (*own, *flags))))
     except FAILURES as error:
         log.info("kernels/%s %s: not built: %s", name, " ".join(flags), _reason(error))
         return None
@@ -79,31 +108,6 @@ def cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "bitnest" / "native"
-
-
-def local_build(name: str, flags: tuple[str, ...] = ()) -> Path:
-    """The library for this machine, built if need be.
-
-    Raises:
-        Unavailable, OSError, RuntimeError, SubprocessError: it cannot be; says why.
-    """
-    return _built(name, (NATIVE, *flags))
-
-
-def _packaged(name: str, flags: tuple[str, ...], why: str) -> ctypes.CDLL | None:
-    """The library of the package. why: there is no other."""
-    try:
-        file, level = find_prebuilt(name, flags)
-        library = ctypes.CDLL(str(file))
-    except FAILURES as error:
-        log.info("kernels/%s: the reference in torch runs: %s; %s", name, why, _reason(error))
-        return None
-    log.info("kernels/%s: native code runs, built for %s with the package: %s", name, level, why)
-    return library
-
-
-def _open(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_built(name, flags)))
 
 
 def _built(name: str, flags: tuple[str, ...]) -> Path:
