@@ -104,6 +104,19 @@ def test_weights_with_inputs_and_caches_are_asked_as_such(alone: None) -> None:
     assert isinstance(cache, KVFormat) and cache.bits == 8
 
 
+def test_cores_of_wrapped_and_parts_of_split_weights_are_asked_for(alone: None) -> None:
+    seen: list[tuple[Asked, tuple[int, int]]] = []
+    register(Provider("one", "cpu", lambda *asked: seen.append(asked) or ""))  # type: ignore[func-returns-value]
+    assert path("int4-g128@had32+lqer16/int8-token", "cpu", (8, 256)) == Way("one", "")
+    fmt, inputs = parse_format("int4-g128"), parse_inputs("int8-token")
+    assert seen == [(Rounded(fmt, inputs), (8, 256))]
+    seen.clear()
+    path("128xint8-g128~int4-g128@perm", "cpu", (8, 384))
+    assert seen == [(parse_format("int8-g128"), (8, 128)), (fmt, (8, 256))]
+    register(Provider("one", "cpu", refusing("int8-g128")))
+    assert path("128xint8-g128~int4-g128", "cpu").reason == "one: not built"
+
+
 @pytest.mark.parametrize("name", ["int9-g128", "int4-g128/int9-token", "kv:int3"])
 def test_names_of_nothing_are_refused(name: str, alone: None) -> None:
     with pytest.raises(FormatError):

@@ -25,20 +25,16 @@ class Level:
 
 _V3 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_VNNI = _V4 | {"avx512_vnni", "avx512vbmi"}
+_VNNI = frozenset({"avx512_vnni", "avx512vbmi"})
 
-# By machine, from least to most; the psABI's levels, and what 8-bit products are made of.
+# By machine, from least to most; the psABI's levels, and those with 8-bit dot products.
 LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
         Level("x86-64", ("-march=x86-64",), frozenset()),
         Level("x86-64-v3", ("-march=x86-64-v3",), _V3),
+        Level("x86-64-v3-vnni", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
         Level("x86-64-v4", ("-march=x86-64-v4",), _V4),
-        Level("x86-64-v4-vnni", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi"), _VNNI),
-        Level(
-            "x86-64-v4-bf16",
-            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"),
-            _VNNI | {"avx512_bf16"},
-        ),
+        Level("x86-64-v4-vnni", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi"), _V4 | _VNNI),
     ),
     "aarch64": (
         Level("armv8-a", ("-march=armv8-a",), frozenset()),

@@ -7,7 +7,8 @@ torch, a compiler or triton, and calls `register` with a function
                                         for example "5-bit tables" or "no triton"
 
 asked is what multiplies: a weight's format (inputs of 16 bits), `Rounded` weights and inputs, or
-the format of a KV cache; shape: (out, in) of the weight, or (tokens, head width) of a cache. The
+the format of a KV cache; shape: (out, in) of the weight, or (tokens, head width) of a cache. Of a
+wrapped weight its core is asked for, of a split one both parts, as `laid` has them multiplied. The
 first provider that answers "" is taken, else the reference in torch: decode, then a dense product.
 Packed modules and `bitnest doctor` are to ask the same question, so that what is printed runs.
 """
@@ -18,9 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from bitnest.formats import AnyFormat, parse_format
+from bitnest.formats import (
+    AnyFormat,
+    LowRankFormat,
+    SplitFormat,
+    TransformedFormat,
+    parse_format,
+)
 from bitnest.formats.inputs import DENSE, InputFormat, parse_inputs, split_name
 from bitnest.formats.kv import KVFormat, parse_kv
+from bitnest.formats.wrappers import core_format
 
 MODULES = ("bitnest.kernels.cpu.paths", "bitnest.kernels.gpu.paths")
 REFERENCE = "reference"
@@ -85,11 +93,27 @@ def path(fmt: str | Asked, device: str, shape: tuple[int, int] = SHAPE) -> Path:
     asked = parse_asked(fmt) if isinstance(fmt, str) else fmt
     reasons = []
     for provider in providers(device):
-        why = provider.why_not(asked, shape)
+        why = next(filter(None, (provider.why_not(*core) for core in _cores(asked, shape))), "")
         if not why:
             return Path(provider.name, "")
         reasons.append(f"{provider.name}: {why}")
     return Path(REFERENCE, "; ".join(reasons) or f"no kernels for {device.partition(':')[0]}")
+
+
+def _cores(asked: Asked, shape: tuple[int, int]) -> list[tuple[Asked, tuple[int, int]]]:
+    """What is left of `asked` without its wrappers, and the shapes of that."""
+    if isinstance(asked, Rounded):
+        return [
+            (Rounded(core, asked.inputs), size)
+            for core, size in _cores(asked.weights, shape)
+            if not isinstance(core, Rounded | KVFormat)
+        ]
+    if isinstance(asked, LowRankFormat | TransformedFormat):
+        return _cores(core_format(asked), shape)
+    if isinstance(asked, SplitFormat):
+        wide, rest = asked.shapes(shape)
+        return [(part, size) for part, size in ((asked.wide, wide), (asked.base, rest)) if size[1]]
+    return [(asked, shape)]
 
 
 def parse_asked(name: str) -> Asked:
