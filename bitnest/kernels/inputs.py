@@ -118,8 +118,10 @@ def _coded(x: torch.Tensor, fmt: InputFormat, start: int, static: float | None) 
     groups = F.pad(x, (0, count * group - columns)).view(tokens, count, group)
     peak = groups.abs().amax(2)
     lost = ~peak.isfinite()
-    scales = _scales(peak, fmt, static or 1.0).masked_fill(lost, math.nan)
-    values = _snap(groups / scales[..., None], fmt).masked_fill_(lost[..., None], 0.0)
+    scales = _scales(peak, fmt, static or 1.0).masked_fill_(lost, math.nan)
+    values = _snap(groups / scales[..., None], fmt)
+    if x.device.type != "cpu" or bool(lost.any()):  # elsewhere asking would wait for the device
+        values.masked_fill_(lost[..., None], 0.0)
     values = values.flatten(1)[:, :columns]
     return Coded(start, values, scales, group, fmt.largest, fmt.integer, kept)
 
