@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = (
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from tests import gpu_mode  # noqa: F401 - chooses how Triton runs before anything imports it
 from tests.tiny import Builder, make_tokenizer, words
 
 WORKER_BYTES = 3 << 29  # of one process with torch, transformers and what a test loads
