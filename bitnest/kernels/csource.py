@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -87,28 +88,45 @@ def compiler_version(compiler: list[str]) -> str:
 
 
 def compile_library(name: str, compiler: list[str], flags: list[str], file: Path) -> None:
-    """Compile to a temporary file, append its digest, rename.
+    """Compile to a temporary file, append its digest, rename. The files of a folder are compiled at
+    the same time, as many as this process has cores.
 
     Raises:
         Unavailable: the compiler failed.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", suffix=".so", dir=file.parent)
-    os.close(handle)
-    try:
-        sources = [str(source) for source in _sources(name) if source.suffix == ".c"]
-        command = [*compiler, *sources, *flags, "-o", temporary]  # -l after what needs it
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-        )
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if "error" in line]
-            raise Unavailable(f"{compiler[0]} failed: {(lines or [done.stderr.strip()])[0][:200]}")
-        library = Path(temporary).read_bytes()
-        Path(temporary).write_bytes(library + hashlib.sha256(library).digest())
-        os.chmod(temporary, 0o700)
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    sources = [source for source in _sources(name) if source.suffix == ".c"]
+    # the longest first: the last to end is then a short one
+    sources.sort(key=lambda source: -source.stat().st_size)
+    own = [flag for flag in flags if flag != "-shared" and not flag.startswith("-l")]
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=file.parent) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        commands = [
+            [*compiler, "-c", str(source), *own, "-o", str(made)]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(_cores()) as pool:
+            list(pool.map(_run, commands))
+        made = Path(folder) / "library.so"
+        _run([*compiler, *map(str, objects), *flags, "-o", str(made)])
+        library = made.read_bytes()
+        made.write_bytes(library + hashlib.sha256(library).digest())
+        os.chmod(made, 0o700)
+        os.replace(made, file)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        raise Unavailable(f"{command[0]} failed: {(lines or [done.stderr.strip()])[0][:200]}")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_whole(data: bytes) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -47,10 +48,8 @@ def _map(size: int) -> torch.Tensor:
         return torch.zeros(size + ALIGN, dtype=torch.uint8)
     memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     start = -tensor.data_ptr() % HUGE if size >= HUGE else 0
     return tensor[start : start + size]

@@ -52,7 +52,7 @@ static int64_t cut(const weight_t *w, const inputs_t *x, int64_t longest, int pa
         int64_t border = least((block + 1) * x->block, columns);
         int64_t end = least(least(stop, border), start + fit);
         int resumes = 0;
-        for (int64_t at = start; at < end;) {
+        for (int64_t at = start; at < end;) { /* parts end at multiples of `longest` */
             int64_t next = parts ? least(end, (at / longest + 1) * longest) : end;
             int goes_on = next < end && x->planes == 1; /* otherwise parts are cells of their own */
             cell[count++] = (cell_t){(int32_t)(at / STEP), (int32_t)((next - at) / STEP),
@@ -90,9 +90,9 @@ cells_t make_cells(const weight_t *w, const inputs_t *x, int64_t longest, int pa
     if (with_zero)
         for (int k = 0; k < 2; k++) made.zero[k] = (int32_t *)(numbers + (k + 1) * size);
     uint32_t zero = w->zeros ? 1 : (uint32_t)w->zero;
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t i = 0; i < made.count; i++) {
-            made.scale[t * made.count + i] = x->scales[t * blocks + cell[i].block];
+    for (int64_t i = 0; i < made.count; i++)
+        for (int64_t t = 0; t < T; t++) {
+            made.scale[i * T + t] = x->scales[t * blocks + cell[i].block];
             if (!with_zero) continue;
             const int32_t *sums = x->sums + t * P * entries;
             uint32_t total = 0, first = 0;
@@ -103,10 +103,10 @@ cells_t make_cells(const weight_t *w, const inputs_t *x, int64_t longest, int pa
                 else
                     total = total * 256 + sum;
             }
-            made.zero[0][t * made.count + i] = (int32_t)(first * zero);
-            made.zero[1][t * made.count + i] = (int32_t)(total * zero);
+            made.zero[0][i * T + t] = (int32_t)(first * zero);
+            made.zero[1][i * T + t] = (int32_t)(total * zero);
             if (cell[i].resumes && !made.whole_rows)
-                made.zero[1][t * made.count + i] += made.zero[1][t * made.count + i - 1];
+                made.zero[1][i * T + t] += made.zero[1][(i - 1) * T + t];
         }
     return made;
 }

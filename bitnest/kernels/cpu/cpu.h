@@ -8,9 +8,9 @@
 
    so (vector >> f b) & mask is 16 rows by 4 columns, which is what a 4-way dot product of bytes eats,
    and one accumulator lane is one row: no horizontal sums, and scales of 16 rows are one vector.
-   Weights that look numbers up (TABLE) swap bytes within 16-byte quarters q of such a vector: bytes
-   2 d and 2 d + 1 are columns 0 and 1 of row 4 q + d, bytes 8 + 2 d and 9 + 2 d columns 2 and 3, so
-   that interleaving high and low bytes of 16-bit numbers gives 16 rows by 2 columns at once.
+   Weights that look numbers up (TABLE) are read as 32 words a vector: word 2 r + c, bits [b f, b f + b)
+   of vector v are row 16 block + r, column 32 unit + 2 (b f + v) + c, so that a word looked up for each
+   is 16 rows by 2 columns of 16-bit numbers, and a lane of 4 bytes is a row here too.
 
    A code's planes are read most significant first. Planes of a weight of one width lie together, unit
    by unit; nested planes lie apart, and a narrower code reads fewer of them.
@@ -71,7 +71,8 @@ typedef struct {
     const int8_t *codes;     /* [tokens][P][columns], most significant plane first */
     const float *scales;     /* [tokens][ceil(columns / block)] */
     const int32_t *sums;     /* [tokens][P][columns / 16]: of the codes, for zero points */
-    const uint16_t *halves;  /* bfloat16 [tokens][columns], for TABLE and DENSE, or NULL */
+    const uint16_t *halves;  /* bfloat16 [tokens][parts][columns], for TABLE and DENSE, or NULL */
+    int32_t parts;           /* of halves, whose sum the input is: 2 hold a float16, 3 a float32; 0: 1 */
 } inputs_t;
 
 /* y[t * stride + o] = x W^T for the rows of blocks first to last - 1, every token. Writes no row

@@ -10,9 +10,9 @@
    Blocks whose largest number is below 2^-100 count as zero. */
 
 #include "cpu.h"
+#include "vectors.h"
 
 #include <math.h>
-#include <string.h>
 
 #define TINY 0x1p-100f
 
@@ -30,38 +30,47 @@ static uint32_t peak_bits(const float *x, int64_t count) {
     return peak;
 }
 
-/* A rounded number of SUM_COLUMNS columns in P planes, with their sums. */
-static inline __attribute__((always_inline)) void split(const int32_t *q, int P, int8_t *codes,
-                                                        int64_t columns, int32_t *sums, int64_t entries) {
-    int32_t left[SUM_COLUMNS];
-    memcpy(left, q, sizeof left);
-    for (int p = P - 1; p >= 0; p--) {
+/* Bytes of q in P planes at codes, least significant last, and their sums. */
+#if VB == 64
+ALWAYS void split(const float *x, int P, float scale, float inverse, int8_t *codes, int64_t columns,
+                  int32_t *sums, int64_t entries) {
+    vf32 part = LOAD(vf32, x);
+    __m512i q = _mm512_cvtps_epi32((__m512)(P == 1 ? part / scale : part * inverse));
+    UNROLL for (int p = P - 1; p >= 0; p--) {
+        __m512i up = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        __m512i low = p ? _mm512_sub_epi32(q, _mm512_slli_epi32(up, 8)) : q;
+        _mm_storeu_si128((__m128i *)(codes + p * columns), _mm512_cvtepi32_epi8(low));
+        sums[p * entries] = _mm512_reduce_add_epi32(low);
+        q = up;
+    }
+}
+#else
+ALWAYS void split(const float *x, int P, float scale, float inverse, int8_t *codes, int64_t columns,
+                  int32_t *sums, int64_t entries) {
+    int32_t q[SUM_COLUMNS];
+    for (int i = 0; i < SUM_COLUMNS; i++) q[i] = (int32_t)rintf(P == 1 ? x[i] / scale : x[i] * inverse);
+    UNROLL for (int p = P - 1; p >= 0; p--) {
         int32_t sum = 0;
         for (int i = 0; i < SUM_COLUMNS; i++) {
-            int32_t up = p ? (left[i] + 128) >> 8 : 0, low = left[i] - up * 256;
+            int32_t up = p ? (q[i] + 128) >> 8 : 0, low = q[i] - up * 256;
             codes[p * columns + i] = (int8_t)low;
             sum += low;
-            left[i] = up;
+            q[i] = up;
         }
         sums[p * entries] = sum;
     }
 }
+#endif
 
-static inline __attribute__((always_inline)) void code_block(const float *x, int64_t count, int P,
-                                                             float scale, float inverse, int8_t *codes,
-                                                             int64_t columns, int32_t *sums,
-                                                             int64_t entries) {
-    for (int64_t at = 0; at < count; at += SUM_COLUMNS) {
-        float part[SUM_COLUMNS] = {0};
-        int32_t q[SUM_COLUMNS];
-        int64_t n = count - at < SUM_COLUMNS ? count - at : SUM_COLUMNS;
-        if (n == SUM_COLUMNS)
-            memcpy(part, x + at, sizeof part);
-        else
-            memcpy(part, x + at, (size_t)n * 4);
-        for (int i = 0; i < SUM_COLUMNS; i++)
-            q[i] = (int32_t)rintf(P == 1 ? part[i] / scale : part[i] * inverse);
-        split(q, P, codes + at, columns, sums + at / SUM_COLUMNS, entries);
+ALWAYS void code_block(const float *x, int64_t count, int P, float scale, float inverse, int8_t *codes,
+                       int64_t columns, int32_t *sums, int64_t entries) {
+    int64_t at = 0;
+    for (; at + SUM_COLUMNS <= count; at += SUM_COLUMNS)
+        split(x + at, P, scale, inverse, codes + at, columns, sums + at / SUM_COLUMNS, entries);
+    if (at < count) {
+        float rest[SUM_COLUMNS] = {0};
+        memcpy(rest, x + at, (size_t)(count - at) * 4);
+        split(rest, P, scale, inverse, codes + at, columns, sums + at / SUM_COLUMNS, entries);
     }
 }
 
@@ -100,22 +109,35 @@ static void code_row(const float *x, int64_t count, const inputs_t *out, int64_t
     }
 }
 
-/* bfloat16, ties to even; NaN stays NaN. */
-static void halve(const float *x, int64_t count, int64_t columns, uint16_t *out) {
+static float bfloat16(float x, uint16_t *out) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    *out = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    bits = rounded << 16;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* bfloat16 numbers whose sum is x, ties to even; NaN stays NaN, infinity in the first alone. */
+static void halve(const float *x, int64_t count, int64_t columns, int parts, uint16_t *out) {
     for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, 4);
-        uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        out[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+        float left = x[i];
+        for (int p = 0; p < parts; p++) {
+            float rest = left - bfloat16(left, out + p * columns + i);
+            left = rest - rest == 0.0f ? rest : 0.0f;
+        }
     }
-    memset(out + count, 0, (size_t)(columns - count) * 2);
+    for (int p = 0; p < parts; p++) memset(out + p * columns + count, 0, (size_t)(columns - count) * 2);
 }
 
 void code_inputs(const float *x, int64_t stride, int64_t columns, const inputs_t *out, int64_t first,
                  int64_t last) {
+    int64_t parts = out->parts ? out->parts : 1;
     for (int64_t t = first; t < last; t++) {
         if (out->planes) code_row(x + t * stride, columns, out, t);
         if (out->halves)
-            halve(x + t * stride, columns, out->columns, (uint16_t *)out->halves + t * out->columns);
+            halve(x + t * stride, columns, out->columns, (int)parts,
+                  (uint16_t *)out->halves + t * parts * out->columns);
     }
 }

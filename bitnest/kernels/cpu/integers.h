@@ -28,8 +28,8 @@ typedef struct {
 typedef struct {
     int64_t count;
     cell_t *cell;
-    float *scale;     /* [tokens][count], of the inputs */
-    int32_t *zero[2]; /* [tokens][count]: sums of input codes (of the first of three planes: [0]; the
+    float *scale;     /* [count][tokens], of the inputs */
+    int32_t *zero[2]; /* [count][tokens]: sums of input codes (of the first of three planes: [0]; the
                          others [1]), times the zero point where it is one number; NULL: zero is 0 */
     int whole_rows;   /* integer scales are multiplied before the sum is rounded (dual grain) */
 } cells_t;
@@ -77,10 +77,14 @@ ALWAYS vf32 weight_scale(const weight_t *w, int64_t block, int64_t group, int s)
     return scale;
 }
 
+ALWAYS vi32 zero_points(const weight_t *w, int64_t block, int64_t group, int s) {
+    return from_u8(w->zeros + (block * w->groups + group) * ROWS + s * LANES);
+}
+
 /* A cell's sums less its zero point. z: cells.zero's entry. */
 ALWAYS vi32 less_zero(const weight_t *w, vi32 sum, int32_t z, int64_t block, int64_t group, int s) {
-    if (!w->zeros) return sub(sum, all_i32(z));
-    return sub(sum, mul(from_u8(w->zeros + (block * w->groups + group) * ROWS + s * LANES), all_i32(z)));
+    vi32 all = all_i32(z);
+    return sub(sum, w->zeros ? mul(zero_points(w, block, group, s), all) : all);
 }
 
 ALWAYS vi32 integer_scale(const weight_t *w, int64_t block, int64_t group, int s) {
@@ -103,26 +107,39 @@ ALWAYS void put_rows(const weight_t *w, float *y, int64_t block, int s, vf32 v) 
         for (int64_t i = 0; i < left; i++) y[row + i] = v[i];
 }
 
-/* Four vectors of codes: STEP columns of LANES rows. plane: of the unit, at the rows; half: which
-   half of it; widths: digits as plane_widths; constant where it shall be fast. */
-ALWAYS void decode_step(vu8 c[4], const uint8_t *const *plane, int half, int widths, int count) {
+/* Vectors of LANES rows that hold STEP columns of every plane. */
+typedef struct {
+    vu8 v[MAX_PLANES][4];
+} raw_t;
+
+/* plane: of the unit, at the rows; half: of the unit; widths: digits as plane_widths. half, widths and
+   count are constants where it shall be fast. */
+ALWAYS raw_t load_raw(const uint8_t *const *plane, int half, int widths, int count) {
+    raw_t raw;
+    UNROLL for (int k = 0; k < count; k++) {
+        int b = widths >> (4 * (count - 1 - k)) & 15, vectors = b == 1 ? 1 : b / 2;
+        UNROLL for (int v = 0; v < vectors; v++)
+            raw.v[k][v] = LOAD(vu8, plane[k] + 64 * (b == 1 ? 0 : half * vectors + v));
+        if (b < 8) UNROLL for (int v = 0; v < vectors; v++) raw.v[k][v] = kept(raw.v[k][v]);
+    }
+    return raw;
+}
+
+/* Codes of columns 4 i and on of the step. */
+ALWAYS vu8 decode(const raw_t *raw, int half, int i, int widths, int count) {
     int low = 0;
+    vu8 c = {0};
     UNROLL for (int k = 0; k < count; k++) low += widths >> (4 * k) & 15;
     UNROLL for (int k = 0; k < count; k++) {
         int b = widths >> (4 * (count - 1 - k)) & 15, mask = (1 << b) - 1;
+        int field = b == 1 ? 4 * half + i : i % (8 / b);
+        vu8 v = raw->v[k][b == 1 ? 0 : i / (8 / b)];
         low -= b;
-        UNROLL for (int i = 0; i < 4; i++) {
-            int field = b == 1 ? 4 * half + i : i % (8 / b);
-            int vector = b == 1 ? 0 : half * (b / 2) + i / (8 / b);
-            vu8 v = LOAD(vu8, plane[k] + 64 * vector);
-            if (b == 8)
-                c[i] = v;
-            else if (k == 0)
-                c[i] = masked(moved(v, low - field * b), mask << low);
-            else
-                c[i] = joined(c[i], moved(v, low - field * b), mask << low);
-        }
+        if (b == 8) return v;
+        v = moved(v, low - field * b);
+        c = k ? joined(c, v, mask << low) : masked(v, mask << low);
     }
+    return c;
 }
 
 #endif

@@ -3,8 +3,8 @@
    GANG blocks of rows at a time. PANEL columns of them are unpacked to bytes, which stay in L1 while
    TILE tokens after another pass over them: GANG x TILE accumulators in registers, weights loaded
    once for TILE dot products and inputs once for GANG. Each plane of inputs is a pass of its own; the
-   sum is shifted up 8 bits between them. Inputs are packed beforehand so that the four columns of
-   all tokens of a tile lie together. */
+   sum is shifted up 8 bits between them. Inputs are packed beforehand so that
+   the four columns of all tokens of a tile lie together. */
 
 #include "integers.h"
 
@@ -17,7 +17,6 @@ typedef struct {
     const inputs_t *x;
     const cells_t *cells;
     const uint8_t *panel; /* [GANG][PANEL / STEP][256] */
-    int64_t panel_start;  /* in steps */
     int64_t block;        /* the first of the gang */
     float *sums;          /* [tokens][GANG][16] */
     int32_t *carry;       /* the same, integers */
@@ -26,15 +25,21 @@ typedef struct {
 /* Tokens [first, first + T): their inputs, and what packs them. */
 typedef struct {
     int64_t token;
-    const int8_t *packed; /* [P][columns / 4][T][4] */
+    const int8_t *packed; /* of the panel's columns: [P][PANEL / 4][T][4] */
 } tile_t;
 
-static void pack(const inputs_t *x, int64_t token, int T, int8_t *out) {
-    for (int p = 0; p < x->planes; p++)
-        for (int t = 0; t < T; t++) {
-            const int8_t *from = x->codes + ((token + t) * x->planes + p) * x->columns;
-            int8_t *to = out + (p * (x->columns / 4) * T + t) * 4;
-            for (int64_t i = 0; i < x->columns / 4; i++) memcpy(to + i * T * 4, from + 4 * i, 4);
+/* Inputs as [panel][tile][P][PANEL / 4][tile's tokens][4]: a pass over a panel reads on and on. */
+static void pack(const inputs_t *x, int64_t tiles, int8_t *out) {
+    for (int64_t start = 0; start < x->columns; start += PANEL)
+        for (int64_t k = 0; k < tiles; k++) {
+            int64_t token = x->tokens * k / tiles, T = x->tokens * (k + 1) / tiles - token;
+            int64_t count = x->columns - start < PANEL ? x->columns - start : PANEL;
+            for (int p = 0; p < x->planes; p++, out += PANEL * T) {
+                const int8_t *from = x->codes + (token * x->planes + p) * x->columns + start;
+                for (int64_t i = 0; i < count; i += 4)
+                    for (int64_t t = 0; t < T; t++)
+                        memcpy(out + i * T + 4 * t, from + t * x->planes * x->columns + i, 4);
+            }
         }
 }
 
@@ -50,15 +55,21 @@ ALWAYS void flush(const many_t *job, const tile_t *tile, int64_t i, vi32 a[GANG 
     const cells_t *cells = job->cells;
     const cell_t *cell = cells->cell + i;
     const int32_t *zero = cells->zero[!first];
-    UNROLL for (int r = 0; r < G * SUBS; r++) {
-        int64_t block = job->block + r / SUBS;
-        vf32 scale = weight_scale(w, block, cell->group, r % SUBS);
-        UNROLL for (int t = 0; t < T; t++) {
-            int64_t number = (tile->token + t) * cells->count + i;
-            vi32 sum = zero ? less_zero(w, a[r][t], zero[number], block, cell->group, r % SUBS) : a[r][t];
-            vf32 value = to_f32(sum) * cells->scale[number] * scale;
-            float *y = job->sums + ((tile->token + t) * GANG * SUBS + r) * LANES;
-            STORE(vf32, y, LOAD(vf32, y) + (first ? value * 65536.0f : value));
+    vf32 scale[GANG * SUBS];
+    UNROLL for (int r = 0; r < G * SUBS; r++)
+        scale[r] = weight_scale(w, job->block + r / SUBS, cell->group, r % SUBS);
+    int64_t number = i * job->x->tokens + tile->token;
+    float *y = job->sums + tile->token * GANG * ROWS;
+    UNROLL for (int t = 0; t < T; t++) {
+        vf32 input = all_f32(cells->scale[number + t]);
+        vi32 z = all_i32(zero ? zero[number + t] : 0);
+        UNROLL for (int r = 0; r < G * SUBS; r++) {
+            vi32 sum = sub(a[r][t], w->zeros ? mul(z, zero_points(w, job->block + r / SUBS, cell->group,
+                                                                  r % SUBS))
+                                             : z);
+            vf32 value = to_f32(sum) * input * scale[r];
+            float *at = y + (t * GANG * SUBS + r) * LANES;
+            STORE(vf32, at, LOAD(vf32, at) + (first ? value * 65536.0f : value));
         }
     }
 }
@@ -73,7 +84,7 @@ ALWAYS void flush_whole(const many_t *job, const tile_t *tile, int64_t i,
         int64_t block = job->block + r / SUBS;
         vi32 scale = integer_scale(w, block, cell->group, r % SUBS);
         UNROLL for (int t = 0; t < T; t++) {
-            int64_t token = tile->token + t, number = token * cells->count + i;
+            int64_t token = tile->token + t, number = i * job->x->tokens + token;
             int64_t at = (token * GANG * SUBS + r) * LANES;
             vi32 sum = a[r][t];
             if (cells->zero[1])
@@ -115,8 +126,9 @@ ALWAYS void many(const many_t *job, const tile_t *tile, int64_t from, int64_t to
             } else if (p) {
                 SET(a, times256(a[r][t]));
             }
-            const uint8_t *c = job->panel + (cell->start - job->panel_start) * 256;
-            const int8_t *in = tile->packed + (p * x->columns / 4 + cell->start * 4) * T * 4;
+            int64_t start = cell->start % (PANEL / STEP);
+            const uint8_t *c = job->panel + start * 256;
+            const int8_t *in = tile->packed + (p * PANEL + start * STEP) * T;
             for (int32_t v = 0; v < cell->steps * 4; v++, c += 64, in += 4 * T) {
                 vu8 codes[GANG * SUBS];
                 UNROLL for (int r = 0; r < G * SUBS; r++)
@@ -182,32 +194,28 @@ void product_many(const weight_t *w, const inputs_t *x, float *y, int64_t stride
     int64_t T = x->tokens, tiles = (T + TILE - 1) / TILE;
     size_t size = (size_t)T * GANG * ROWS * 4;
     uint8_t *panel = scratch(2, GANG * PANEL * 16);
-    int8_t *packed = scratch(3, (size_t)(T * x->planes * x->columns));
+    int64_t panels = (x->columns + PANEL - 1) / PANEL;
+    int8_t *packed = scratch(3, (size_t)(T * x->planes * panels * PANEL));
     many_t job = {.w = w, .x = x, .cells = &cells, .panel = panel};
     job.sums = scratch(4, size);
     job.carry = scratch(5, size);
-    for (int64_t k = 0; k < tiles; k++) {
-        int64_t token = T * k / tiles, end = T * (k + 1) / tiles;
-        pack(x, token, (int)(end - token), packed + token * x->planes * x->columns);
-    }
+    pack(x, tiles, packed);
     for (int64_t block = first; block < last;) {
         int G = last - block >= GANG ? GANG : 1;
         const many_f *kernels = G == GANG ? together : alone;
         job.block = block;
         memset(job.sums, 0, size);
-        for (int64_t from = 0, to; from < cells.count; from = to) {
-            int64_t start = cells.cell[from].start, end = start;
-            for (to = from; to < cells.count; to++) {
-                int64_t stop = cells.cell[to].start + cells.cell[to].steps;
-                if (stop > start + PANEL / STEP) break;
-                end = stop;
-            }
-            job.panel_start = start;
+        for (int64_t from = 0, to = 0; from < cells.count; from = to) {
+            int64_t number = cells.cell[from].start / (PANEL / STEP), start = number * (PANEL / STEP);
+            int64_t end = start;
+            for (; to < cells.count && cells.cell[to].start < start + PANEL / STEP; to++)
+                end = cells.cell[to].start + cells.cell[to].steps;
             for (int g = 0; g < G; g++)
                 unpack(w, block + g, start, end - start, panel + g * PANEL * 16);
+            const int8_t *in = packed + number * PANEL * x->planes * T;
             for (int64_t k = 0; k < tiles; k++) {
                 int64_t token = T * k / tiles, n = T * (k + 1) / tiles - token;
-                tile_t tile = {token, packed + token * x->planes * x->columns};
+                tile_t tile = {token, in + token * x->planes * PANEL};
                 kernels[n - 1](&job, &tile, from, to);
             }
         }

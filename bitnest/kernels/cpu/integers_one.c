@@ -2,7 +2,10 @@
 
 #include "integers.h"
 
-#define AHEAD 1024 /* bytes of each plane fetched in advance */
+#ifndef AHEAD
+#define AHEAD 4096 /* bytes of each plane fetched in advance */
+#endif
+#define CHAINS (SUBS == 1 ? 2 : 1) /* sums of a row, so that one need not wait for the other */
 
 typedef struct {
     const weight_t *w;
@@ -12,36 +15,35 @@ typedef struct {
     int64_t first, last;
 } one_t;
 
-/* Sums of a cell, per plane of inputs; two of each, so that one need not wait for the other. */
-typedef struct {
-    vi32 a[3][2];
-} sums_t;
-
-ALWAYS void one_step(sums_t sums[SUBS], const weight_t *w, const uint8_t *const *plane, int half,
+ALWAYS void one_step(vi32 sums[SUBS][3][2], const weight_t *w, const uint8_t *const *plane, int half,
                      const int8_t *x, int64_t columns, int widths, int planes, int P, int lookup) {
     int wide = widths == 0x8 || lookup;
+    raw_t raw[SUBS];
     UNROLL for (int s = 0; s < SUBS; s++) {
         const uint8_t *at[MAX_PLANES];
-        vu8 c[4];
         UNROLL for (int k = 0; k < planes; k++) at[k] = plane[k] + s * VB;
-        decode_step(c, at, half, widths, planes);
-        UNROLL for (int i = 0; i < 4; i++) {
-            if (lookup) c[i] = looked_up(c[i], w->table, w->bits);
+        raw[s] = load_raw(at, half, widths, planes);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        vi32 in[3];
+        UNROLL for (int p = 0; p < P; p++) in[p] = four(x + p * columns + 4 * i);
+        UNROLL for (int s = 0; s < SUBS; s++) {
+            vu8 c = decode(raw + s, half, i, widths, planes);
+            if (lookup) c = looked_up(c, w->table, w->bits);
             UNROLL for (int p = 0; p < P; p++)
-                sums[s].a[p][i & 1] =
-                    dot4(sums[s].a[p][i & 1], c[i], four(x + p * columns + 4 * i), wide);
+                sums[s][p][i % CHAINS] = dot4(sums[s][p][i % CHAINS], c, in[p], wide);
         }
     }
 }
 
 /* Adds a cell's sums to y (LANES rows). */
-ALWAYS void one_cell(const one_t *job, const sums_t *sums, int64_t i, int64_t block, int s, int P,
-                     vf32 *y, vi32 *whole) {
+ALWAYS void one_cell(const one_t *job, vi32 sums[3][2], int64_t i, int64_t block, int s, int P, vf32 *y,
+                     vi32 *whole) {
     const weight_t *w = job->w;
     const cell_t *cell = job->cells->cell + i;
     int zero = job->cells->zero[0] != NULL;
-    vi32 sum = add(sums[s].a[P - 1][0], sums[s].a[P - 1][1]);
-    if (P > 1) sum = add(sum, times256(add(sums[s].a[P - 2][0], sums[s].a[P - 2][1])));
+    vi32 sum = add(sums[P - 1][0], sums[P - 1][1]);
+    if (P > 1) sum = add(sum, times256(add(sums[P - 2][0], sums[P - 2][1])));
     if (zero) sum = less_zero(w, sum, job->cells->zero[1][i], block, cell->group, s);
     if (P == 1 && job->cells->whole_rows) {
         sum = mul(sum, integer_scale(w, block, cell->group, s));
@@ -51,49 +53,47 @@ ALWAYS void one_cell(const one_t *job, const sums_t *sums, int64_t i, int64_t bl
     }
     vf32 value = to_f32(sum);
     if (P == 3) {
-        vi32 first = add(sums[s].a[0][0], sums[s].a[0][1]);
+        vi32 first = add(sums[0][0], sums[0][1]);
         if (zero) first = less_zero(w, first, job->cells->zero[0][i], block, cell->group, s);
         value += to_f32(first) * 65536.0f;
     }
     *y += value * job->cells->scale[i] * weight_scale(w, block, cell->group, s);
 }
 
-ALWAYS void one(const one_t *job, int widths, int planes, int P, int lookup) {
+ALWAYS void one_block(const one_t *job, int64_t block, int widths, int planes, int P, int lookup) {
     const weight_t *w = job->w;
+    const uint8_t *plane[MAX_PLANES];
     int64_t columns = job->x->columns;
-    for (int64_t block = job->first; block < job->last; block++) {
-        const uint8_t *plane[MAX_PLANES];
-        int64_t stride[MAX_PLANES];
-        UNROLL for (int k = 0; k < planes; k++) {
-            stride[k] = w->plane_stride[k];
-            plane[k] = w->plane[k] + block * w->units * stride[k];
-        }
-        vf32 y[SUBS] = {{0}};
-        vi32 whole[SUBS] = {{0}};
-        const int8_t *x = job->x->codes;
-        for (int64_t i = 0; i < job->cells->count; i++) {
-            sums_t sums[SUBS] = {{{{{0}}}}};
-            int64_t step = job->cells->cell[i].start, end = step + job->cells->cell[i].steps;
-            while (step < end) {
-                if (!(step & 1)) {
-                    UNROLL for (int k = 0; k < planes; k++) {
-                        int b = widths >> (4 * (planes - 1 - k)) & 15;
-                        UNROLL for (int v = 0; v < b; v++) __builtin_prefetch(plane[k] + 64 * v + AHEAD);
-                    }
-                    one_step(sums, w, plane, 0, x, columns, widths, planes, P, lookup);
-                    x += STEP;
-                    if (++step == end) break;
+    UNROLL for (int k = 0; k < planes; k++)
+        plane[k] = w->plane[k] + block * w->units * w->plane_stride[k];
+    vf32 y[SUBS] = {{0}};
+    vi32 whole[SUBS] = {{0}};
+    const int8_t *x = job->x->codes;
+    for (int64_t i = 0; i < job->cells->count; i++) {
+        vi32 sums[SUBS][3][2] = {{{{0}}}};
+        int64_t step = job->cells->cell[i].start, end = step + job->cells->cell[i].steps;
+        while (step < end) {
+            if (!(step & 1)) {
+                UNROLL for (int k = 0; k < planes; k++) {
+                    int b = widths >> (4 * (planes - 1 - k)) & 15;
+                    UNROLL for (int v = 0; v < b; v++) __builtin_prefetch(plane[k] + 64 * v + AHEAD);
                 }
-                one_step(sums, w, plane, 1, x, columns, widths, planes, P, lookup);
-                UNROLL for (int k = 0; k < planes; k++) plane[k] += stride[k];
-                x += STEP, step++;
+                one_step(sums, w, plane, 0, x, columns, widths, planes, P, lookup);
+                x += STEP;
+                if (++step == end) break;
             }
-            UNROLL for (int s = 0; s < SUBS; s++)
-                one_cell(job, sums, i, block, s, P, y + s, whole + s);
+            one_step(sums, w, plane, 1, x, columns, widths, planes, P, lookup);
+            UNROLL for (int k = 0; k < planes; k++) plane[k] += w->plane_stride[k];
+            x += STEP, step++;
         }
-        for (int s = 0; s < SUBS; s++)
-            put_rows(w, job->y, block, s, y[s] * row_factor(w, block, s));
+        UNROLL for (int s = 0; s < SUBS; s++) one_cell(job, sums[s], i, block, s, P, y + s, whole + s);
     }
+    for (int s = 0; s < SUBS; s++) put_rows(w, job->y, block, s, y[s] * row_factor(w, block, s));
+}
+
+ALWAYS void one(const one_t *job, int widths, int planes, int P, int lookup) {
+    for (int64_t block = job->first; block < job->last; block++)
+        one_block(job, block, widths, planes, P, lookup);
 }
 
 #define ONE(widths, count, lookup)                                                      \

@@ -14,6 +14,7 @@ typedef struct {
     uint8_t *plane[MAX_PLANES]; /* most significant first; their bits are the lowest of a code */
     uint8_t *stream;
     int32_t back;       /* planes to stream */
+    int32_t words;      /* the layout of TABLE */
 } packed_t;
 
 /* 8 codes are `bits` bytes; of the last ones only those that are there are touched. */
@@ -39,12 +40,26 @@ static void write_codes(uint8_t *to, int64_t left, int bits, const uint8_t *code
     }
 }
 
+/* Where the layout of words has what that of bytes has in byte m of field k % (8 / b) of vector
+   k / (8 / b): quarter and byte of it. */
+static inline uint8_t *in_words(uint8_t quarter[8][64], int b, int k, int m) {
+    int f = (m & 1) * (8 / b) + k % (8 / b), t = b * f + k / (8 / b);
+    return &quarter[t / 2][(m & ~3) | (t & 1) << 1 | (m >> 1 & 1)];
+}
+
+static void order_words(uint8_t quarter[8][64], int b, uint8_t ordered[8][64]) {
+    for (int k = 0; k < 8; k++)
+        for (int m = 0; m < 64; m++) ordered[k][m] = *in_words(quarter, b, k, m);
+}
+
 /* A unit of a block: quarter[q][4 r + j] is row r, column 4 q + j. */
-static void to_planes(const packed_t *p, uint8_t quarter[8][64], int64_t unit) {
+static void to_planes(const packed_t *p, uint8_t codes[8][64], int64_t unit) {
     int low = 0;
+    uint8_t ordered[8][64], (*quarter)[64] = codes;
     for (int k = p->planes - 1; k >= 0; low += p->plane_bits[k--]) {
         int b = p->plane_bits[k], mask = (1 << b) - 1;
         uint8_t *to = p->plane[k] + unit * p->plane_stride[k];
+        if (p->words) order_words(codes, b, quarter = ordered);
         for (int v = 0; v < b; v++) {
             uint8_t vector[64] = {0};
             for (int f = 0; f < 8 / b; f++)
@@ -55,16 +70,20 @@ static void to_planes(const packed_t *p, uint8_t quarter[8][64], int64_t unit) {
     }
 }
 
-static void from_planes(const packed_t *p, uint8_t quarter[8][64], int64_t unit) {
+static void from_planes(const packed_t *p, uint8_t codes[8][64], int64_t unit) {
     int low = 0;
-    memset(quarter, 0, 512);
+    uint8_t ordered[8][64], (*quarter)[64] = p->words ? ordered : codes;
+    memset(codes, 0, 512);
     for (int k = p->planes - 1; k >= 0; low += p->plane_bits[k--]) {
         int b = p->plane_bits[k], mask = (1 << b) - 1;
         const uint8_t *from = p->plane[k] + unit * p->plane_stride[k];
+        if (p->words) memset(ordered, 0, 512);
         for (int v = 0; v < b; v++)
             for (int f = 0; f < 8 / b; f++)
                 for (int i = 0; i < 64; i++)
                     quarter[v * (8 / b) + f][i] |= (uint8_t)((from[64 * v + i] >> (f * b) & mask) << low);
+        for (int q = 0; p->words && q < 8; q++)
+            for (int m = 0; m < 64; m++) *in_words(codes, b, q, m) |= ordered[q][m];
     }
 }
 

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from bitnest.formats import AnyFormat, BlockFormat
-from bitnest.kernels.cpu import layout_integers
+from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, NestedFormat
+from bitnest.kernels.cpu import layout_integers, layout_nested, layout_tables
 from bitnest.kernels.cpu.library import library
 from bitnest.kernels.cpu.linear import CpuWeight
 
@@ -24,12 +24,16 @@ Tensors = Mapping[str, torch.Tensor]
 def families(fmt: AnyFormat) -> tuple[ModuleType, ...]:
     """Files that may lay the format out, in the order they are asked."""
     if isinstance(fmt, BlockFormat):
-        return (layout_integers,)
+        return (layout_integers, layout_tables)
+    if isinstance(fmt, DenseFormat):
+        return (layout_tables,)
+    if isinstance(fmt, NestedFormat):
+        return (layout_nested,)
     return ()
 
 
 def why_not(fmt: AnyFormat, shape: tuple[int, int]) -> str:
-    """Why the CPU kernels do not run a weight of that format and (out, in) shape; empty: they do."""
+    """Why no CPU kernel runs a weight of that format and (out, in) shape; empty: one does."""
     if library() is None:
         return "the C kernels were not built"
     reasons = [family.why_not(fmt, shape) for family in families(fmt)]

@@ -7,8 +7,8 @@
     float, to 6 bits   4, 2, 1 of its bits          value / step + largest      largest, step
 
 with step the smallest positive value, for floats of largest / step <= 127 (E2M1: 12, E2M3: 60).
-Scales shared by rows are repeated for each, m2's shifts become powers of two of a byte each; all else
-is the stored bytes in another order.
+Scales shared by rows are repeated for each, m2's shifts become powers of two of a byte each; all
+else is the stored bytes in another order.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from bitnest.kernels.cpu.library import (
     SUPER_GROUP,
     SUPER_NONE,
     SUPER_ROW,
+    TABLE,
     Packed,
     Weight,
     library,
@@ -88,7 +89,7 @@ def lay_out(tensors: Tensors, fmt: BlockFormat, shape: tuple[int, int]) -> CpuWe
     )  # fmt: skip
     held = _codes(tensors, fmt, shape, struct)
     held |= _values(fmt.element, struct)
-    held |= _scales(tensors, fmt, shape, struct)
+    held |= put_scales(tensors, fmt, shape, struct)
     if not fmt.symmetric:
         stored = unpack_bits(tensors["zeros"].T, int(fmt.bits), fmt.scale_rows(rows)).T
         held["zeros"] = in_blocks(per_row(stored, fmt, rows))
@@ -128,13 +129,19 @@ def place_planes(struct: Weight, widths: tuple[int, ...]) -> torch.Tensor:
 
 
 def move_codes(
-    struct: Weight, planes: range, stream: torch.Tensor, bits: int, *, back: bool = False
+    struct: Weight,
+    planes: range,
+    stream: torch.Tensor,
+    bits: int,
+    *,
+    back: bool = False,
 ) -> None:
     """Codes of `bits` bits, a bitstream (O, bytes) each row, to these planes of the struct."""
     assert stream.is_contiguous()
     packed = Packed(
         rows=struct.rows, columns=struct.columns, bits=bits, planes=len(planes), back=back,
         row_bytes=stream.shape[1] * stream.element_size(), stream=stream.data_ptr(),
+        words=struct.engine == TABLE,
     )  # fmt: skip
     for k, plane in enumerate(planes):
         packed.plane_bits[k] = struct.plane_bits[plane]
@@ -177,6 +184,7 @@ def _values(element: Element, struct: Weight) -> dict[str, torch.Tensor]:
     elif element.bits == 1:
         struct.zero, struct.factor, numbers = 1, 0.5, [0, 2]
     else:
+        assert isinstance(element, IntElement)
         struct.zero = int(element.zero) if element.symmetric else 0
         return {}
     table = hold(torch.tensor(numbers + [0] * (64 - len(numbers)), dtype=torch.uint8))
@@ -184,7 +192,7 @@ def _values(element: Element, struct: Weight) -> dict[str, torch.Tensor]:
     return {"table": table}
 
 
-def _scales(
+def put_scales(
     tensors: Tensors, fmt: BlockFormat, shape: tuple[int, int], struct: Weight
 ) -> dict[str, torch.Tensor]:
     rows, stored = shape[0], tensors["scales"]
@@ -215,7 +223,7 @@ def _scales(
 
 def _restore(weight: CpuWeight, fmt: BlockFormat) -> dict[str, torch.Tensor]:
     """What `lay_out` was given."""
-    struct, held, (rows, columns) = weight.struct, weight.held, weight.shape
+    struct, held, (rows, _) = weight.struct, weight.held, weight.shape
     parts, element = fmt.parts(weight.shape), fmt.element
     found: dict[str, torch.Tensor] = {}
     if isinstance(element, TernaryElement):
@@ -229,6 +237,18 @@ def _restore(weight: CpuWeight, fmt: BlockFormat) -> dict[str, torch.Tensor]:
             found[name] = torch.zeros(parts[name].shape, dtype=torch.int32)
             bits = sum(struct.plane_bits[p] for p in planes)
             move_codes(struct, planes, found[name], bits, back=True)
+    found |= take_scales(weight, fmt)
+    step = rows if fmt.rows is None else fmt.rows
+    if "zeros" in held:
+        zeros = out_of_blocks(held["zeros"], rows)[::step]
+        found["zeros"] = pack_bits(zeros.T, int(fmt.bits)).T.contiguous()
+    return found
+
+
+def take_scales(weight: CpuWeight, fmt: BlockFormat) -> dict[str, torch.Tensor]:
+    """`put_scales` back."""
+    held, rows = weight.held, weight.shape[0]
+    found: dict[str, torch.Tensor] = {}
     step = rows if fmt.rows is None else fmt.rows
     scales = out_of_blocks(held["scales"], rows)[::step].contiguous()
     if fmt.scale == "m2":
@@ -242,7 +262,4 @@ def _restore(weight: CpuWeight, fmt: BlockFormat) -> dict[str, torch.Tensor]:
         dq = fmt.scale == "dq"
         shared = held["super"][:: DQ_ROWS // ROWS] if dq else held["super"][:rows, None]
         found["super"] = shared.to(half).contiguous()
-    if "zeros" in held:
-        zeros = out_of_blocks(held["zeros"], rows)[::step]
-        found["zeros"] = pack_bits(zeros.T, int(fmt.bits)).T.contiguous()
     return found

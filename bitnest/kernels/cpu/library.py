@@ -60,6 +60,7 @@ class Inputs(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("halves", ctypes.c_void_p),
+        ("parts", ctypes.c_int32),
     )
 
 
@@ -77,6 +78,7 @@ class Packed(ctypes.Structure):
         ("plane", ctypes.c_void_p * MAX_PLANES),
         ("stream", ctypes.c_void_p),
         ("back", ctypes.c_int32),
+        ("words", ctypes.c_int32),
     )
 
 
@@ -122,3 +124,4 @@ def declare(found: ctypes.CDLL) -> None:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     found.isa.restype = ctypes.c_char_p
+    found.stream_read.argtypes, found.stream_read.restype = (pointer, i64), ctypes.c_uint64

@@ -75,6 +75,12 @@ static void widen(const linear_t *l, int64_t token, float *out) {
 
 static void code_token(const linear_t *l, int64_t t, const inputs_t *out, float *row) {
     const float *x = (const float *)l->x + (l->from + t) * l->x_stride;
+    if (l->type == BFLOAT16 && out->halves) { /* as they are */
+        uint16_t *to = (uint16_t *)out->halves + t * out->columns;
+        memcpy(to, (const uint16_t *)l->x + (l->from + t) * l->x_stride, (size_t)l->w->columns * 2);
+        memset(to + l->w->columns, 0, (size_t)(out->columns - l->w->columns) * 2);
+        return;
+    }
     if (l->type != FLOAT32) {
         widen(l, l->from + t, row);
         x = row;
@@ -84,7 +90,7 @@ static void code_token(const linear_t *l, int64_t t, const inputs_t *out, float 
     one.codes = P ? out->codes + t * P * out->columns : NULL;
     one.scales = P ? out->scales + t * blocks : NULL;
     one.sums = P ? out->sums + t * P * (out->columns / SUM_COLUMNS) : NULL;
-    one.halves = out->halves ? out->halves + t * out->columns : NULL;
+    one.halves = out->halves ? out->halves + t * out->parts * out->columns : NULL;
     code_inputs(x, 0, l->w->columns, &one, 0, 1);
 }
 
@@ -93,9 +99,11 @@ static inputs_t coded_inputs(const linear_t *l, int64_t tokens, int use) {
     int64_t columns = l->w->units * UNIT;
     int64_t P = l->w->engine == INTEGER ? l->planes : 0, blocks = (columns + l->block - 1) / l->block;
     size_t codes = (size_t)(tokens * P * columns), sums = (size_t)(tokens * P * columns / SUM_COLUMNS) * 4;
-    size_t scales = (size_t)(tokens * blocks) * 4 * (P > 0), halves = P ? 0 : (size_t)(tokens * columns) * 2;
+    size_t scales = (size_t)(tokens * blocks) * 4 * (P > 0), halves = 0;
+    int32_t parts = l->type == BFLOAT16 ? 1 : l->type == FLOAT16 ? 2 : 3; /* that hold all bits */
+    if (!P) halves = (size_t)(tokens * parts * columns) * 2;
     char *memory = scratch(use, codes + sums + scales + halves + 64);
-    inputs_t x = {.tokens = tokens, .columns = columns, .planes = (int32_t)P, .block = l->block};
+    inputs_t x = {.tokens = tokens, .columns = columns, .planes = (int32_t)P, .block = l->block, .parts = parts};
     x.codes = (int8_t *)memory;
     x.sums = (int32_t *)(memory + codes);
     x.scales = (float *)(memory + codes + sums);

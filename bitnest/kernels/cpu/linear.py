@@ -6,8 +6,11 @@ are exact within a cell. On inputs that are normally distributed the error relat
     bfloat16, float16    16 bits    about 3e-5
     float32              24 bits    about 1e-7, as of a product in float32
 
-Float32 keeps 24 bits at any number of tokens: three planes of 8-bit products are more per cycle than
-the same product in float32, so nothing is decoded to a dense matrix.
+Weights that look numbers up, and dense ones, read inputs as 1, 2 or 3 bfloat16 parts, which hold
+all bits of bfloat16, float16 and float32; their products add up in float32.
+
+Float32 keeps 24 bits at any number of tokens: three planes of 8-bit products are more per cycle
+than the same product in float32, so nothing is decoded to a dense matrix.
 """
 
 from __future__ import annotations
@@ -56,6 +59,10 @@ class CpuWeight:
     def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
         """x W^T of x (..., K) float32, bfloat16 or float16: (..., N) of the same type. planes:
         bytes that inputs are cut into; None: as their type deserves."""
+        return self.multiply(self.struct, x, planes)
+
+    def multiply(self, struct: Weight, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        """`product` with one of a weight's structs."""
         rows, columns = self.shape
         if x.dtype not in NUMBERS or x.shape[-1] != columns:
             raise TypeError(f"inputs (..., {columns}) of 16 or 32 bits, not {x.dtype} {x.shape}")
@@ -67,7 +74,7 @@ class CpuWeight:
         assert found is not None
         planes = planes or (3 if x.dtype == torch.float32 else 2)
         found.linear(
-            self.struct, flat.data_ptr(), len(flat), flat.stride(0), y.data_ptr(), rows,
+            struct, flat.data_ptr(), len(flat), flat.stride(0), y.data_ptr(), rows,
             NUMBERS[x.dtype], planes, INPUT_BLOCK,
         )  # fmt: skip
         return y.view(*x.shape[:-1], rows)
@@ -105,5 +112,3 @@ class CpuWeight:
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Where its numbers lie."""
     return None if tensor is None else tensor.data_ptr()
-
-

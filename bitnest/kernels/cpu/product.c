@@ -1,6 +1,6 @@
 /* One matrix times coded inputs, whatever the weight. */
 
-#include "integers.h"
+#include "tables.h"
 
 static void integer_product(const weight_t *w, const inputs_t *x, float *y, int64_t stride,
                             int64_t first, int64_t last) {
@@ -14,6 +14,8 @@ void product(const weight_t *w, const inputs_t *x, float *y, int64_t stride, int
     if (x->tokens < 1 || first >= last) return;
     switch (w->engine) {
     case INTEGER: integer_product(w, x, y, stride, first, last); return;
+    case TABLE:
+    case DENSE: table_product(w, x, y, stride, first, last); return;
     }
 }
 

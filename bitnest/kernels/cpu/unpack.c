@@ -10,21 +10,16 @@ ALWAYS void unpack_as(const weight_t *w, int64_t block, int64_t first, int64_t s
         int64_t unit = block * w->units + step / 2;
         int half = step & 1;
         for (int s = 0; s < SUBS; s++) {
-            vu8 c[4];
             for (int k = 0; k < planes; k++)
                 plane[k] = w->plane[k] + unit * w->plane_stride[k] + s * VB;
-            if (half)
-                decode_step(c, plane, 1, widths, planes);
-            else
-                decode_step(c, plane, 0, widths, planes);
-            for (int i = 0; i < 4; i++) {
-                if (lookup) c[i] = looked_up(c[i], w->table, w->bits);
-                STORE(vu8, out + 64 * i + s * VB, c[i]);
+            raw_t raw = half ? load_raw(plane, 1, widths, planes) : load_raw(plane, 0, widths, planes);
+            UNROLL for (int i = 0; i < 4; i++) {
+                vu8 c = half ? decode(&raw, 1, i, widths, planes) : decode(&raw, 0, i, widths, planes);
+                STORE(vu8, out + 64 * i + s * VB, lookup ? looked_up(c, w->table, w->bits) : c);
             }
         }
     }
 }
-
 #endif
 
 /* Planes of any widths, one after another. */

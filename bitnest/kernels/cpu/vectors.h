@@ -62,6 +62,17 @@ ALWAYS vi32 sub(vi32 a, vi32 b) { return (vi32)((vu32)a - (vu32)b); }
 ALWAYS vi32 mul(vi32 a, vi32 b) { return (vi32)((vu32)a * (vu32)b); }
 ALWAYS vi32 times256(vi32 a) { return (vi32)((vu32)a << 8); }
 
+/* A vector that stays in a register: compilers rather load it again for each use, and loads are what
+   kernels run out of. */
+ALWAYS vu8 kept(vu8 v) {
+#if VB == 64
+    __asm__("" : "+v"(v));
+#elif VB == 32
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+
 /* Bytes moved up by `by` bits, down where negative; bits of the neighbour come along: mask them. */
 ALWAYS vu8 moved(vu8 v, int by) {
     if (by == 0) return v;
@@ -79,10 +90,18 @@ ALWAYS vu8 joined(vu8 c, vu8 v, int mask) {
 #endif
 }
 
+/* Four bytes in every lane. Not left to the compiler with AVX-512: as an operand of the dot product,
+   which it likes, a broadcast takes Zen 4 two cycles, and alone none that anything waits for. */
 ALWAYS vi32 four(const int8_t *x) {
+#if VB == 64
+    __m512i all;
+    __asm__("vpbroadcastd %1, %0" : "=v"(all) : "m"(*(const char(*)[4])x));
+    return (vi32)all;
+#else
     int32_t word;
     memcpy(&word, x, 4);
     return all_i32(word);
+#endif
 }
 
 #if VB == 64 && defined(__AVX512VNNI__)
