@@ -5,8 +5,9 @@
 
 Every layer holds the latest tokens as they came (`recent`) and older ones as codes (`stored`).
 An entry is quantised once, when its group leaves the window, from the values that came, and never
-again: `update` only appends. Reading turns all codes of the layer into keys and values of the
-model's type, for as long as the layer computes: what stays in memory is codes.
+again: `update` only appends. A few new tokens attend to the codes as they are stored, where there
+is a kernel (`packed/kv_attention.py`); otherwise reading turns all codes of the layer into keys and
+values of the model's type, for as long as the layer computes: what stays in memory is codes.
 
 Integers take keys before rotary embedding. The cache is given them after it, so it turns them back
 by the layer's own rotation (`packed/rotary.py`) at positions that it counts itself, and turns them
@@ -29,6 +30,7 @@ indexers), and encoder-decoder models.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +45,8 @@ from transformers.cache_utils import (
 from bitnest.errors import BitnestError, UnsupportedModel
 from bitnest.formats.kv import KVFormat, parse_kv
 from bitnest.kernels import kv as kernels
+from bitnest.kernels.cpu.attention import Held
+from bitnest.packed import kv_attention
 from bitnest.packed.rotary import Rotation, find_rotations
 
 Scales = Mapping[int, tuple[float, float]]
@@ -56,6 +60,7 @@ class KVLayer(CacheLayerMixin):
 
     sliding: tokens that the layer attends to, itself included; None: all. rotation: of its keys,
     None to take them as they come. scales: of keys and values in 8-bit floats. strict: see above.
+    defers: few new tokens may read codes later (`packed/kv_attention.py`).
     """
 
     is_compileable = False
@@ -70,8 +75,10 @@ class KVLayer(CacheLayerMixin):
         rotation: Rotation | None = None,
         scales: tuple[float, float] = (1.0, 1.0),
         strict: bool = False,
+        defers: bool = False,
     ) -> None:
         super().__init__()
+        self.defers = defers
         self.fmt, self.sliding, self.scales, self.strict = fmt, sliding, scales, strict
         self.rotation = rotation if fmt.integer else None
         self._clear()
@@ -115,7 +122,7 @@ class KVLayer(CacheLayerMixin):
         due = self._due()
         own = before // self.fmt.group * self.fmt.group
         self._fold(due if self.strict else min(due, own))
-        seen = self._read(new)
+        seen = self._defer(new) if self.defers and new <= kv_attention.QUERIES else self._read(new)
         self._fold(due)
         self._forget()
         return seen
@@ -171,6 +178,21 @@ class KVLayer(CacheLayerMixin):
             visible = self.sliding - 1 + new
             keys, values = keys[:, :, -visible:], values[:, :, -visible:]
         return keys, values
+
+    def _defer(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, not decoded before something other than the kernel needs it."""
+        if not self._stored or self.device.type != "cpu":
+            return self._read(new)
+        now = copy.copy(self)  # tensors are replaced, never written to
+        now._stored = dict(self._stored)
+        held = Held(
+            self.fmt, now._stored, self.keys, self.values, self.start, self.rotation, self.scales,
+            self.sliding,
+        )  # fmt: skip
+        visible = (
+            held.visible if self.sliding is None else min(held.visible, self.sliding - 1 + new)
+        )
+        return kv_attention.defer(held, visible, lambda: now._read(new))
 
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         fmt, part = self.fmt, self._stored
@@ -296,6 +318,7 @@ class KVCache(Cache):
         *,
         scales: Scales | None = None,
         strict: bool = False,
+        defers: bool = False,
     ) -> None:
         check_family(config)
         self.fmt = fmt
@@ -309,6 +332,7 @@ class KVCache(Cache):
                 rotation=rotations[number] if number < len(rotations) else None,
                 scales=(scales or {}).get(number, (1.0, 1.0)),
                 strict=strict,
+                defers=defers and kind != "chunked_attention",
             )
             for number, (kind, own) in enumerate(zip(kinds, options, strict=True))
         ]
@@ -367,4 +391,7 @@ def open_cache(
     fmt = parse_kv(fmt) if isinstance(fmt, str) else fmt
     check_family(model.config)
     rotations = find_rotations(model) if fmt.integer else ()
-    return KVCache(model.config, fmt, rotations, scales=scales, strict=strict)
+    defers = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    if defers:
+        kv_attention.install()
+    return KVCache(model.config, fmt, rotations, scales=scales, strict=strict, defers=defers)

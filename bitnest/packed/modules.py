@@ -149,7 +149,9 @@ class PackedWeight(nn.Module):
         """The product with x (n, in) rounded, (n, out) float32."""
         assert self.inputs is not None
         if laid is not None and self.inputs.integer:
-            y = laid.product_coded(code_inputs(turn(laid, x.float()), self.inputs, self.static))
+            coded = code_inputs(turn(laid, x.float()), self.inputs, self.static)
+            kept = any(part.kept is not None and len(part.kept[0]) for part in coded)
+            y = None if kept else laid.product_coded(coded)
             if y is not None:
                 return y
         codes = self._codes
