@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench bench-plan lint clean
+.PHONY: demo test test-slow bench bench-plan bench-gpu lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ PLOT ?= plan-policies.png
 bench-plan: $(STAMP)  ## every policy at equal bytes, carried out and measured; two minutes on the demo
 	$(BIN)/python -m benchmarks.plan_policies $(MODEL) $(DATA) $(if $(WORK),--work $(WORK)) --plot $(PLOT)
 	$(BIN)/python -m benchmarks.plan_scale
+
+# needs a GPU, torch built for it and triton; nothing is installed: make bench-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu:  ## kernels' speed on this GPU in under nine minutes; kernels_gpu.json to $$OUT or here
+	$(GPU_PYTHON) -m benchmarks.kernels_gpu --out $(or $(OUT),.)/kernels_gpu.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def block_sizes(width: int) -> tuple[int, ...]:
     A whole width that is m 2^j costs about m + 2^(j/2 + 1) products a value, where m is Paley's.
     """
     sizes = [block for block in BLOCKS if width % block == 0]
-    if width not in sizes and _core(width) is not None:
+    if width not in sizes and core_order(width) is not None:
         sizes.append(width)
     return tuple(sizes)
 
@@ -71,10 +71,25 @@ def whole_block(width: int) -> int:
 
     Otherwise the largest power of two up to 128 that fits, which leaves a tail.
     """
-    core = _core(width)
+    core = core_order(width)
     if core is not None and core <= LARGEST_CORE:
         return width
     return min(BLOCKS[-1], 1 << (width.bit_length() - 1))
+
+
+def core_order(n: int) -> int | None:
+    """The smallest order m of Paley (or 1) with n = m 2^j, or None."""
+    if n < 1:
+        return None
+    if n & (n - 1) == 0:
+        return 1
+    odd = n // (n & -n)
+    m = 4 * odd
+    while n % m == 0:
+        if _is_prime(m - 1) or (m % 8 == 4 and _is_prime(m // 2 - 1)):
+            return m
+        m *= 2
+    return None
 
 
 def rotate(x: torch.Tensor, block: int, signs: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,7 +174,7 @@ def _product(x: torch.Tensor, factors: list[torch.Tensor], inverse: bool) -> tor
 @lru_cache(maxsize=32)
 def _factors(n: int) -> tuple[torch.Tensor, ...]:
     """Matrices whose Kronecker product, in this order, is the Hadamard matrix of order n."""
-    core = _core(n)
+    core = core_order(n)
     if core is None:
         raise FormatError(
             f"no Hadamard matrix of order {n} can be built here",
@@ -172,21 +187,6 @@ def _factors(n: int) -> tuple[torch.Tensor, ...]:
         parts = [power // 2, power - power // 2]
     factors = [_sylvester(part) for part in parts if part]
     return (*([_paley(core)] if core > 1 else []), *factors) or (_sylvester(0),)
-
-
-def _core(n: int) -> int | None:
-    """The smallest order m of Paley (or 1) with n = m 2^j, or None."""
-    if n < 1:
-        return None
-    if n & (n - 1) == 0:
-        return 1
-    odd = n // (n & -n)
-    m = 4 * odd
-    while n % m == 0:
-        if _is_prime(m - 1) or (m % 8 == 4 and _is_prime(m // 2 - 1)):
-            return m
-        m *= 2
-    return None
 
 
 def _sylvester(power: int) -> torch.Tensor:

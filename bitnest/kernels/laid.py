@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -28,6 +29,9 @@ from bitnest.formats.wrappers import core_format
 from bitnest.kernels.basis import to_stored
 from bitnest.kernels.decode import split_tensors
 from bitnest.kernels.inputs import Coded
+
+if TYPE_CHECKING:
+    from bitnest.kernels.gpu.layout import GpuWeight
 
 Tensors = Mapping[str, torch.Tensor]
 Stored = dict[str, torch.Tensor]
@@ -93,11 +97,51 @@ def _provider(device: str) -> Provider:
         from bitnest.kernels.cpu.layout import lay_out as on_cpu
 
         return on_cpu
-    if device == "cuda":
-        from bitnest.kernels.gpu.layout import lay_out as on_gpu
-
-        return on_gpu
+    if device == "cuda" and find_spec("triton") is not None:
+        return _on_gpu
     return lambda *_: None
+
+
+def _on_gpu(tensors: Tensors, fmt: AnyFormat, shape: tuple[int, int]) -> Laid | None:
+    from bitnest.kernels.gpu.layout import lay_out as for_triton
+
+    weight = for_triton(tensors, fmt, shape)
+    return None if weight is None else _OnGpu(weight)
+
+
+@dataclass(frozen=True)
+class _OnGpu:
+    """A weight for the Triton kernels."""
+
+    weight: GpuWeight
+
+    path = "triton"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        from bitnest.kernels.gpu.linear import linear
+
+        return linear(x, self.weight)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        from bitnest.kernels.gpu.rounded import rounded_linear, takes
+
+        part, columns = parts[0], self.shape[1]
+        whole = len(parts) == 1 and part.values.shape[1] == columns and part.integer
+        if not whole or not takes(self.weight) or (part.group % 16 and part.scales.shape[1] > 1):
+            return None
+        group = columns if part.scales.shape[1] == 1 else part.group
+        return rounded_linear(part.values.to(torch.int8), part.scales, group, self.weight)
+
+    def restore(self) -> Stored:
+        return self.weight.restore()
 
 
 def _apart(tensors: Tensors, names: Container[str]) -> tuple[Stored, Stored]:

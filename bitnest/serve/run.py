@@ -137,9 +137,7 @@ def run_server(
         say(f"KV cache {kv.name}: one request at a time (--kv none for continuous batching)")
     listener = listen(host, port)
     try:
-        engine = make_backend(
-            backend, model, tokenizer, cache_tokens=cache_tokens, kv=kv, say=say
-        )
+        engine = make_backend(backend, model, tokenizer, cache_tokens=cache_tokens, kv=kv, say=say)
         engine.start()
         app = create_app(
             model,

@@ -71,7 +71,8 @@ def make_backend(
     """
     ends = end_of_sequence_ids(model, tokenizer)
     if name in {"auto", "native"} and kv is None:
-        from bitnest.packed.native_model import NativeModel, NotNative
+        from bitnest.packed.native_families import NotNative
+        from bitnest.packed.native_model import NativeModel
         from bitnest.serve.backend_native import NativeBackend
 
         try:
