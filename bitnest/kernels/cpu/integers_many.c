@@ -28,18 +28,32 @@ typedef struct {
     const int8_t *packed; /* of the panel's columns: [P][PANEL / 4][T][4] */
 } tile_t;
 
+/* Four columns of T tokens after another; from: [T][stride]. */
+ALWAYS void interleave(const int8_t *from, int64_t stride, int64_t count, int T, int8_t *out) {
+    for (int64_t i = 0; i < count; i += 4, out += 4 * T)
+        UNROLL for (int t = 0; t < T; t++) memcpy(out + 4 * t, from + t * stride + i, 4);
+}
+
+static void interleave_any(const int8_t *from, int64_t stride, int64_t count, int T, int8_t *out) {
+    switch (T) {
+    case 1: interleave(from, stride, count, 1, out); return;
+    case 2: interleave(from, stride, count, 2, out); return;
+    case 3: interleave(from, stride, count, 3, out); return;
+    case 4: interleave(from, stride, count, 4, out); return;
+    case 5: interleave(from, stride, count, 5, out); return;
+    default: interleave(from, stride, count, 6, out);
+    }
+}
+
 /* Inputs as [panel][tile][P][PANEL / 4][tile's tokens][4]: a pass over a panel reads on and on. */
 static void pack(const inputs_t *x, int64_t tiles, int8_t *out) {
+    int64_t stride = x->planes * x->columns;
     for (int64_t start = 0; start < x->columns; start += PANEL)
         for (int64_t k = 0; k < tiles; k++) {
             int64_t token = x->tokens * k / tiles, T = x->tokens * (k + 1) / tiles - token;
             int64_t count = x->columns - start < PANEL ? x->columns - start : PANEL;
-            for (int p = 0; p < x->planes; p++, out += PANEL * T) {
-                const int8_t *from = x->codes + (token * x->planes + p) * x->columns + start;
-                for (int64_t i = 0; i < count; i += 4)
-                    for (int64_t t = 0; t < T; t++)
-                        memcpy(out + i * T + 4 * t, from + t * x->planes * x->columns + i, 4);
-            }
+            for (int p = 0; p < x->planes; p++, out += PANEL * T)
+                interleave_any(x->codes + token * stride + p * x->columns + start, stride, count, (int)T, out);
         }
 }
 
@@ -129,7 +143,7 @@ ALWAYS void many(const many_t *job, const tile_t *tile, int64_t from, int64_t to
             int64_t start = cell->start % (PANEL / STEP);
             const uint8_t *c = job->panel + start * 256;
             const int8_t *in = tile->packed + (p * PANEL + start * STEP) * T;
-            for (int32_t v = 0; v < cell->steps * 4; v++, c += 64, in += 4 * T) {
+            _Pragma("GCC unroll 2") for (int32_t v = 0; v < cell->steps * 4; v++, c += 64, in += 4 * T) {
                 vu8 codes[GANG * SUBS];
                 UNROLL for (int r = 0; r < G * SUBS; r++)
                     codes[r] = LOAD(vu8, c + r / SUBS * (PANEL * 16) + r % SUBS * VB);

@@ -33,7 +33,7 @@ class CpuWeight:
     """One matrix (N, K) in the memory layout of cpu.h.
 
     struct: what C reads; it points into `held`. shape: (N, K). restorer: gives back the stored
-    tensors from this. cell_group: columns per scale.
+    tensors from this. notes: what `restorer` needs besides.
     """
 
     struct: Weight

@@ -2,6 +2,8 @@
 
 #include "integers.h"
 
+#define AHEAD 8 /* units: the next panel is fetched while tokens pass over this one */
+
 #if SPECIAL
 ALWAYS void unpack_as(const weight_t *w, int64_t block, int64_t first, int64_t steps, uint8_t *out,
                       int widths, int planes, int lookup) {
@@ -10,8 +12,13 @@ ALWAYS void unpack_as(const weight_t *w, int64_t block, int64_t first, int64_t s
         int64_t unit = block * w->units + step / 2;
         int half = step & 1;
         for (int s = 0; s < SUBS; s++) {
-            for (int k = 0; k < planes; k++)
+            UNROLL for (int k = 0; k < planes; k++) {
+                int b = widths >> (4 * (planes - 1 - k)) & 15;
                 plane[k] = w->plane[k] + unit * w->plane_stride[k] + s * VB;
+                if (!half && !s)
+                    for (int v = 0; v < b; v++)
+                        __builtin_prefetch(plane[k] + AHEAD * w->plane_stride[k] + 64 * v, 0, 2);
+            }
             raw_t raw = half ? load_raw(plane, 1, widths, planes) : load_raw(plane, 0, widths, planes);
             UNROLL for (int i = 0; i < 4; i++) {
                 vu8 c = half ? decode(&raw, 1, i, widths, planes) : decode(&raw, 0, i, widths, planes);
