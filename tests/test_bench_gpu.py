@@ -13,9 +13,10 @@ from tests.gpu_mode import INTERPRETED
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_cases, gpu_timing, kernels_gpu
-from benchmarks.gpu_weights import copies, random_tensors
 from bitnest.formats import parse_format
+from bitnest.kernels.bench import gpu as kernels_gpu
+from bitnest.kernels.bench import gpu_cases, gpu_timing
+from bitnest.kernels.bench.weights import copies, random_tensors
 from bitnest.kernels.decode import decode
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU the bench itself is run")

@@ -107,14 +107,24 @@ def test_weights_with_inputs_and_caches_are_asked_as_such(alone: None) -> None:
 def test_cores_of_wrapped_and_parts_of_split_weights_are_asked_for(alone: None) -> None:
     seen: list[tuple[Asked, tuple[int, int]]] = []
     register(Provider("one", "cpu", lambda *asked: seen.append(asked) or ""))  # type: ignore[func-returns-value]
-    assert path("int4-g128@had32+lqer16/int8-token", "cpu", (8, 256)) == Way("one", "")
     fmt, inputs = parse_format("int4-g128"), parse_inputs("int8-token")
-    assert seen == [(Rounded(fmt, inputs), (8, 256))]
+    assert path("int4-g128@had32+lqer16", "cpu", (8, 256)) == Way("one", "")
+    assert path("int4-g128@had32/int8-token", "cpu", (8, 256)) == Way("one", "")
+    assert seen == [(fmt, (8, 256)), (Rounded(fmt, inputs), (8, 256))]
     seen.clear()
     path("128xint8-g128~int4-g128@perm", "cpu", (8, 384))
     assert seen == [(parse_format("int8-g128"), (8, 128)), (fmt, (8, 256))]
     register(Provider("one", "cpu", refusing("int8-g128")))
     assert path("128xint8-g128~int4-g128", "cpu").reason == "one: not built"
+
+
+@pytest.mark.parametrize("weights", ["int4-g128@had32+lqer16", "128xint8-g128~int4-g128@perm"])
+def test_sums_of_several_products_leave_rounded_inputs_to_the_reference(
+    weights: str, alone: None
+) -> None:
+    register(Provider("one", "cpu", refusing()))
+    assert path(weights, "cpu").name == "one"
+    assert path(f"{weights}/int8-token", "cpu").name == "reference"
 
 
 @pytest.mark.parametrize("name", ["int9-g128", "int4-g128/int9-token", "kv:int3"])
@@ -203,8 +213,11 @@ def test_gpus_have_a_table_of_their_own(
     out, _ = run()
     assert "gpus: 1, driver 550.54.15" in out
     assert "cuda:0: A GPU, capability 9.0, 3.00 GiB free of 4.00 GiB, 132 multi" in out
-    assert "hint: pip install triton" in out
+    assert "hint: pip install 'triton>=3.6': GPU kernels need it" in out
     assert "on cuda" in out and "on cpu" in out
+    monkeypatch.setattr(doctoring, "_version", lambda package: "3.5.1")
+    out, _ = run()
+    assert "hint: pip install 'triton>=3.6': triton 3.5.1: kernels need 3.6" in out
 
 
 def test_a_driver_that_torch_does_not_use_is_a_hint(

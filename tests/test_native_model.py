@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.decode_speed import Formats, rounded
 from bitnest.kernels.cpu.runtime import runtime
+from bitnest.packed.modules import PackedWeight
 from bitnest.packed.native_families import FAMILIES, NotNative
 from bitnest.packed.native_model import NativeModel, _pick
 from tests.tiny import FAMILIES as TINY
@@ -205,3 +206,53 @@ def test_memory_is_what_matrices_take(tiny: Builder) -> None:
         for name in ("int4-g32", "int8-g32")
     )
     assert four < eight < 2 * four
+
+
+def test_packed_weights_lie_in_memory_once(tiny: Builder) -> None:
+    model = rounded(tiny("qwen3_moe"), Formats("int4-g32", "int8-g32", "")).float()
+    native = NativeModel.of(model)
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    laid = {id(weight._laid) for weight in packed}
+    matrices = {id(linear.weight) for linear in native._description.linears}
+    assert len(packed) > 10 and laid <= matrices
+    for weight in packed:
+        assert weight.looked_up or all(getattr(weight, part) is None for part in weight.parts)
+    want = logits(model)
+    assert {id(weight._laid) for weight in packed if weight._laid is not None} <= matrices
+    assert difference(native_logits(native), want) < CODED
+
+
+def test_native_model_outlives_what_it_was_made_from(tiny: Builder) -> None:
+    """A change of the packed weights, or their end, does not touch its memory."""
+    model = rounded(tiny("llama"), Formats("int4-g32", "int8-g32", "")).float()
+    native = NativeModel.of(model)
+    before = native_logits(native)
+    for weight in [m for m in model.modules() if isinstance(m, PackedWeight)]:
+        weight.restore()
+    del model
+    assert torch.equal(native_logits(native), before)
+
+
+def test_tied_ends_look_rows_up_beside_products(tiny: Builder) -> None:
+    model = rounded(tiny("qwen2"), Formats("int8-g32", "int8-g32", "")).float()
+    packed = model.model.embed_tokens.packed
+    assert model.lm_head.packed is packed and packed.looked_up
+    native = NativeModel.of(model, cache=torch.float32, planes=3)
+    assert native._description.head is native._description.embedding
+    assert difference(native_logits(native), logits(model)) < EXACT
+    assert packed._laid is not None  # looking rows up has not undone the layout
+
+
+def test_a_model_that_computes_something_else_is_refused() -> None:
+    model = plain("llama")
+    plus = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: 1.5 * plus(x)
+    with pytest.raises(NotNative, match=r"logits are 0\.\d+ away"):
+        NativeModel.of(model)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    model = plain("llama")
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NotNative, match="nan away"):
+        NativeModel.of(model)

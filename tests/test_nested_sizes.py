@@ -76,7 +76,9 @@ SIZE, BASE = 100_000, 48_000
 
 
 def held(model: Any) -> int:
-    """Bytes of tensors in a model."""
+    """Bytes of tensors in a model, packed ones as they are stored."""
+    for _, weight in model.bitnest_source.weights:
+        weight.restore()
     tensors = {t.data_ptr(): t.nbytes for t in model.parameters()}
     own = {
         t.data_ptr(): t.nbytes for _, w in model.bitnest_source.weights for t in w.tensors.values()

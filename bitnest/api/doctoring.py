@@ -16,6 +16,7 @@ from typing import Any
 from bitnest.kernels import csource, native
 from bitnest.kernels.cpu_features import features, model_name, usable
 from bitnest.kernels.csource import Unavailable
+from bitnest.kernels.gpu.paths import old_triton
 
 PACKAGES = ("bitnest", "torch", "transformers", "triton", "safetensors", "numpy")
 SIMD = (
@@ -178,7 +179,9 @@ def _hints(
     elif failed := [lib for lib in libraries if lib["why"]]:
         hints.append(f"native kernels were not built here: {failed[0]['why']}")
     if gpus and versions["triton"] is None:
-        hints.append("pip install triton: GPU kernels need it")
+        hints.append("pip install 'triton>=3.6': GPU kernels need it")
+    elif gpus and (why := old_triton(versions["triton"] or "")):
+        hints.append(f"pip install 'triton>=3.6': {why}")
     if not gpus and _driver():
         hints.append(
             "there is an NVIDIA driver, and this torch sees no GPU: install torch for CUDA, or "

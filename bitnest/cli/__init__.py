@@ -14,6 +14,7 @@ import typer
 from bitnest import __version__
 from bitnest.cli import (
     analyze,
+    bench,
     compare_formats,
     compress,
     doctor,
@@ -56,6 +57,7 @@ app.command("pull")(pull.command)
 app.command("inspect")(inspect.command)
 app.command("formats")(formats.command)
 app.command("doctor")(doctor.command)
+app.add_typer(bench.app, name="bench")
 app.command("recipes")(recipes.command)
 app.command("compare-formats")(compare_formats.command)
 app.command("report")(statistics.report)

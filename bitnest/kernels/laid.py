@@ -1,8 +1,8 @@
 """Packed weights laid out for the kernels of the device they are on.
 
 `lay_out` takes a weight's stored tensors and gives it a layout that a kernel eats, or None where
-none does; `why_not` says why. A layout multiplies (`product`), gives single rows back (`rows`) and
-restores the stored tensors bit for bit (`restore`), so it is kept in their place, not beside them.
+none does; `kernels/paths` says why. A layout multiplies (`product`) and restores the stored tensors
+bit for bit (`restore`), so it is kept in their place, not beside them.
 
 Wrapped formats are laid out inside out: inputs are turned to the stored basis before the product
 (`basis`), a residual is added behind it, parts of split columns are added up.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,14 +20,18 @@ from torch.nn import functional as F
 from bitnest.formats import (
     AnyFormat,
     LowRankFormat,
+    NestedFormat,
     SplitFormat,
     TransformedFormat,
+    ZeroFormat,
 )
+from bitnest.formats.inputs import InputFormat
 from bitnest.formats.split import WIDE
 from bitnest.formats.wrappers import core_format
 from bitnest.kernels.basis import to_stored
 from bitnest.kernels.decode import split_tensors
-from bitnest.kernels.inputs import Coded
+from bitnest.kernels.gpu.paths import missing
+from bitnest.kernels.inputs import Coded, code_inputs
 
 if TYPE_CHECKING:
     from bitnest.kernels.gpu.layout import GpuWeight
@@ -79,12 +82,81 @@ def lay_out(tensors: Tensors, fmt: AnyFormat, shape: tuple[int, int]) -> Laid | 
         rest, own = _apart(tensors, stored)
         base = lay_out(rest, core, shape)
         return None if base is None else _Turned(base, fmt, own)
+    if isinstance(fmt, ZeroFormat):
+        return None  # there is nothing to multiply
     if isinstance(fmt, SplitFormat):
         parts = [lay_out(*part) for part in split_tensors(tensors, fmt, shape)]
         whole = tuple(part for part in parts if part is not None)
         return _Split(whole, shape) if len(whole) == len(parts) else None
     device = next((t.device.type for t in tensors.values()), "meta")
     return _provider(device)(tensors, fmt, shape)
+
+
+def rounded(
+    laid: Laid, x: torch.Tensor, fmt: AnyFormat, inputs: InputFormat, static: float | None
+) -> torch.Tensor | None:
+    """x W^T, (T, O) float32, with x (T, I) rounded in the basis of a weight laid out from `fmt`;
+    None where no kernel multiplies such codes."""
+    if not inputs.integer or isinstance(laid, _Residual | _Split):
+        return None
+    if laid.path == "cpu":
+        from bitnest.kernels.cpu.rotate import code_stored
+
+        own = laid.own if isinstance(laid, _Turned) else {}
+        coded = code_stored(x.float(), fmt, inputs, static, own)
+    else:
+        coded = code_inputs(turn(laid, x.float()), inputs, static)
+    kept = any(part.kept is not None and len(part.kept[0]) for part in coded)
+    return None if kept else laid.product_coded(coded)
+
+
+def change(laid: Laid, fmt: AnyFormat, tensors: Tensors) -> Laid | None:
+    """A nested weight on the CPU that has become `fmt`, in place: more or fewer of its widths.
+    tensors: what these add. None where it cannot; nothing has changed then."""
+    if isinstance(laid, _Turned):
+        if not isinstance(fmt, TransformedFormat) or _wrappers(fmt) != _wrappers(laid.fmt):
+            return None
+        base = change(laid.base, core_format(fmt), tensors)
+        return None if base is None else _Turned(base, fmt, laid.own)
+    if laid.path != "cpu" or not isinstance(fmt, NestedFormat):
+        return None
+    from bitnest.kernels.cpu.layout_nested import NestedCpuWeight
+
+    if not isinstance(laid, NestedCpuWeight):
+        return None
+    both = min(len(fmt.widths), len(laid.fmt.widths)) - 1
+    if fmt.at(fmt.widths[both]) != laid.fmt.at(laid.fmt.widths[both]):
+        return None
+    laid.change(fmt, tensors)
+    return laid
+
+
+def _wrappers(fmt: TransformedFormat) -> str:
+    return fmt.name.removeprefix(core_format(fmt).name)
+
+
+def why_not(fmt: AnyFormat, shape: tuple[int, int], device: str) -> str:
+    """Why no kernel of that type of device takes an (O, I) weight of the format; empty: one does.
+    Dense weights that are not bfloat16 are torch's on any CPU, which their format does not say."""
+    if isinstance(fmt, LowRankFormat):
+        return why_not(fmt.base, shape, device)
+    if isinstance(fmt, TransformedFormat):
+        return why_not(core_format(fmt), shape, device)
+    if isinstance(fmt, SplitFormat):
+        first, rest = fmt.shapes(shape)
+        wide = why_not(fmt.wide, first, device) if first[1] else ""
+        return wide or why_not(fmt.base, rest, device)
+    if device == "cpu":
+        from bitnest.kernels.cpu.layout import why_not as not_on_cpu
+
+        return not_on_cpu(fmt, shape)
+    if device != "cuda":
+        return f"no kernels for {device}"
+    if why := missing():
+        return why
+    from bitnest.kernels.gpu.layout import why as not_on_gpu
+
+    return not_on_gpu(fmt, shape)
 
 
 def turn(laid: Laid, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +169,7 @@ def _provider(device: str) -> Provider:
         from bitnest.kernels.cpu.layout import lay_out as on_cpu
 
         return on_cpu
-    if device == "cuda" and find_spec("triton") is not None:
+    if device == "cuda" and not missing():
         return _on_gpu
     return lambda *_: None
 

@@ -8,9 +8,10 @@ torch, a compiler or triton, and calls `register` with a function
 
 asked is what multiplies: a weight's format (inputs of 16 bits), `Rounded` weights and inputs, or
 the format of a KV cache; shape: (out, in) of the weight, or (tokens, head width) of a cache. Of a
-wrapped weight its core is asked for, of a split one both parts, as `laid` has them multiplied. The
-first provider that answers "" is taken, else the reference in torch: decode, then a dense product.
-Packed modules and `bitnest doctor` are to ask the same question, so that what is printed runs.
+wrapped weight its core is asked for, of a split one both parts, as `laid` has them multiplied; with
+rounded inputs only rotations and permutations are taken off, as there too. The first provider that
+answers "" is taken, else the reference in torch: decode, then a dense product. Providers ask what
+`laid.lay_out` and the attention of packed models ask, so that what `bitnest doctor` prints runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bitnest.formats.wrappers import core_format
 MODULES = ("bitnest.kernels.cpu.paths", "bitnest.kernels.gpu.paths")
 REFERENCE = "reference"
 SHAPE = (4096, 4096)
+CACHE_SHAPE = (4096, 128)
 KV = "kv:"  # before the name of a cache's format
 
 
@@ -84,13 +86,18 @@ def providers(device: str) -> list[Provider]:
     return [p for p in _registered if p.device == device.partition(":")[0]]
 
 
-def path(fmt: str | Asked, device: str, shape: tuple[int, int] = SHAPE) -> Path:
+def path(fmt: str | Asked, device: str, shape: tuple[int, int] | None = None) -> Path:
     """What runs `fmt` on `device`: a format, or a name: int4-g128, int4-g128/int8-token, kv:int8.
+    shape: SHAPE, of a cache CACHE_SHAPE, unless it is given.
 
     Raises:
         FormatError: no such name.
     """
     asked = parse_asked(fmt) if isinstance(fmt, str) else fmt
+    if shape is None:
+        shape = CACHE_SHAPE if isinstance(asked, KVFormat) else SHAPE
+    if isinstance(asked, Rounded) and (why := _not_of_codes(asked.weights)):
+        return Path(REFERENCE, why)
     reasons = []
     for provider in providers(device):
         why = next(filter(None, (provider.why_not(*core) for core in _cores(asked, shape))), "")
@@ -98,6 +105,25 @@ def path(fmt: str | Asked, device: str, shape: tuple[int, int] = SHAPE) -> Path:
             return Path(provider.name, "")
         reasons.append(f"{provider.name}: {why}")
     return Path(REFERENCE, "; ".join(reasons) or f"no kernels for {device.partition(':')[0]}")
+
+
+def whole_integers(inputs: InputFormat, channels: int) -> str:
+    """Why inputs of that many channels are no single run of integers, as kernels take them; empty:
+    they are."""
+    if not inputs.integer:
+        return "only integers are multiplied as codes, floats as the numbers they stand for"
+    if inputs.wide is not None and inputs.wide_of(channels):
+        return "inputs in two formats"
+    return "" if inputs.keep is None else f"not where a channel reaches {inputs.keep}"
+
+
+def _not_of_codes(fmt: AnyFormat) -> str:
+    """Why a product of codes on both sides never gives this weight's; empty: it may."""
+    if isinstance(fmt, LowRankFormat):
+        return "a low-rank residual is no integer"
+    if isinstance(fmt, SplitFormat):
+        return "weights in two formats meet rounded inputs in the reference"
+    return _not_of_codes(core_format(fmt)) if isinstance(fmt, TransformedFormat) else ""
 
 
 def _cores(asked: Asked, shape: tuple[int, int]) -> list[tuple[Asked, tuple[int, int]]]:

@@ -85,6 +85,7 @@ def share_with_head(model: Any, name: str, packed: PackedWeight) -> None:
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     if path is None or tied.get(f"{path}.weight") != f"{name}.weight":
         return
+    packed.looked_up = True
     model.set_submodule(path, PackedHead(packed, head.bias))
     _forget_tie(model, f"{path}.weight")
 

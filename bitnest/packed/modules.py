@@ -26,8 +26,7 @@ from bitnest.formats import AnyFormat, ZeroFormat
 from bitnest.formats.inputs import InputFormat
 from bitnest.kernels.decode import decode
 from bitnest.kernels.experts import experts_forward
-from bitnest.kernels.inputs import code_inputs
-from bitnest.kernels.laid import Laid, lay_out, turn
+from bitnest.kernels.laid import Laid, change, lay_out, rounded
 from bitnest.kernels.products import CodedWeight, integer_weight, rounded_product
 from bitnest.kernels.rows import decode_rows, row_decodable
 from bitnest.sites import Site
@@ -57,6 +56,7 @@ class PackedWeight(nn.Module):
         self.static: float | None = None
         self.rounds = True
         self.looked_up = False
+        self.version = 0  # counts changes of what is held
         self._laid: Laid | None = None
         self._unlaid = False  # no kernel takes it: asked once
         self._kept: torch.Tensor | None = None
@@ -71,27 +71,41 @@ class PackedWeight(nn.Module):
     def load(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Take the stored tensors onto `device`."""
         self._laid, self._unlaid = None, False
+        self.version += 1
         for name in self.parts:
             setattr(self, name, tensors[name].to(device))
         self.place = torch.empty(0, dtype=torch.uint8, device=device)
 
     def change(self, fmt: AnyFormat, tensors: Mapping[str, torch.Tensor]) -> None:
         """Become `fmt`, which shares parts with what is here. tensors: the parts it adds."""
-        self.restore()
+        if self._laid is not None:
+            self._laid = None if self.looked_up else self._changed(fmt, tensors)
         device, parts = self.device, fmt.parts(self.shape)
         for name in set(self.parts) - set(parts):
             delattr(self, name)
         for name in parts:
             if name not in self.parts:
-                self.register_buffer(name, tensors[name].to(device), persistent=False)
+                fresh = tensors[name].to(device) if self._laid is None else None
+                self.register_buffer(name, fresh, persistent=False)
         self.fmt, self.parts, self._kept, self._codes = fmt, tuple(parts), None, None
         self._unlaid = False
+        self.version += 1
+
+    def _changed(self, fmt: AnyFormat, tensors: Mapping[str, torch.Tensor]) -> Laid | None:
+        """The layout become `fmt` in place; restored and None where it cannot."""
+        assert self._laid is not None
+        device = self.device
+        changed = change(self._laid, fmt, {n: t.to(device) for n, t in tensors.items()})
+        if changed is None:
+            self.restore()
+        return changed
 
     def lay_out(self) -> Laid | None:
         """The weight as this device's kernels want it; None where none takes its format."""
         if self._laid is None and not self._unlaid and not self.dropped:
             self._laid = lay_out(self.tensors, self.fmt, self.shape)
             self._unlaid = self._laid is None
+            self.version += 1
             if self._laid is not None and not self.looked_up:
                 for name in self.parts:
                     setattr(self, name, None)
@@ -103,6 +117,12 @@ class PackedWeight(nn.Module):
             for name, tensor in self.tensors.items():
                 setattr(self, name, tensor)
             self._laid = None
+            self.version += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: layouts hold addresses, so what is stored goes instead."""
+        self.restore()
+        return self.__dict__.copy()
 
     @property
     def loaded(self) -> bool:
@@ -148,10 +168,8 @@ class PackedWeight(nn.Module):
     def _rounded(self, x: torch.Tensor, laid: Laid | None) -> torch.Tensor:
         """The product with x (n, in) rounded, (n, out) float32."""
         assert self.inputs is not None
-        if laid is not None and self.inputs.integer:
-            coded = code_inputs(turn(laid, x.float()), self.inputs, self.static)
-            kept = any(part.kept is not None and len(part.kept[0]) for part in coded)
-            y = None if kept else laid.product_coded(coded)
+        if laid is not None:
+            y = rounded(laid, x, self.fmt, self.inputs, self.static)
             if y is not None:
                 return y
         codes = self._codes
@@ -164,7 +182,11 @@ class PackedWeight(nn.Module):
         )  # fmt: skip
 
     def rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Some of its rows (n,) int64, decoded: (n, in)."""
+        """Some of its rows (n,) int64, decoded: (n, in). Where a layout replaced what is stored,
+        this comes back to stay."""
+        if self._laid is not None and not self.looked_up:
+            self.restore()
+            self.looked_up = True
         return decode_rows(self.tensors, self.fmt, self.shape, rows.to(self.device), dtype)
 
     @property
@@ -312,6 +334,11 @@ class _PackedExperts:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
+        from bitnest.packed.experts_call import experts_call
+
+        found = experts_call(self, hidden_states, top_k_index, top_k_weights)
+        if found is not None:
+            return found
         dtype = hidden_states.dtype
         return experts_forward(
             self,

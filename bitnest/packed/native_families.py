@@ -5,8 +5,8 @@ normed, which layers have a window, how the router's scores become weights. Ever
 off the modules, and every module must be one that is understood, without hooks or adapters;
 anything else is refused with a reason, and the caller runs transformers instead.
 
-Packed weights are laid out for the CPU's kernels, dense bfloat16 ones too; other dense ones are
-multiplied in float32.
+Packed weights are taken as they are laid out (`PackedWeight.lay_out`), so they lie in memory once;
+dense bfloat16 ones are laid out here; other dense ones are multiplied in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitnest.kernels.cpu.layout import lay_out
 from bitnest.kernels.cpu.layout_tables import lay_dense
 from bitnest.kernels.cpu.linear import CpuWeight
 from bitnest.kernels.cpu.runtime import (
@@ -102,15 +101,7 @@ def describe(model: Any, planes: int, progress: Callable[[int, int], None]) -> D
     Raises:
         NotNative: there is something in it that the runtime does not do.
     """
-    config = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise NotNative(f"the family {config.model_type} is not written in C")
-    body = model.model
-    _check(model, body)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise NotNative(f"rotary embedding of type {rope}")
+    config, body, family = model.config, model.model, check(model)
     layers = []
     for number, block in enumerate(body.layers):
         layers.append(_layer(block, config, family, number, planes))
@@ -123,6 +114,23 @@ def describe(model: Any, planes: int, progress: Callable[[int, int], None]) -> D
         layers, embedding, head, _vector(body.norm.weight), float(body.norm.variance_epsilon),
         body.rotary_emb, attention.kv_heads, attention.width,
     )  # fmt: skip
+
+
+def check(model: Any) -> Family:
+    """Its family, after a look at what it is made of; nothing is laid out.
+
+    Raises:
+        NotNative: there is something in it that the runtime does not do.
+    """
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise NotNative(f"the family {config.model_type} is not written in C")
+    _check(model, model.model)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise NotNative(f"rotary embedding of type {rope}")
+    return family
 
 
 def _check(model: Any, body: Any) -> None:
@@ -215,7 +223,7 @@ def _forward(
     if hasattr(module, "shared_expert"):
         shared = _network(module.shared_expert, what)
         gate = _dense(module.shared_expert_gate)[0]
-    experts = list(_experts(module.experts, what))
+    experts = list(experts_of(module.experts, what))
     return Forward(hidden, activation, experts, shared, gate, planes=planes)
 
 
@@ -236,8 +244,12 @@ def _router(
     struct.scale = 1.0
 
 
-def _experts(module: Any, what: str) -> Iterator[Network | None]:
-    """Every expert's network; None where all of it is dropped."""
+def experts_of(module: Any, what: str) -> Iterator[Network | None]:
+    """Every expert's network; None where all of it is dropped.
+
+    Raises:
+        NotNative: the runtime does not take them.
+    """
     for name in ("has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"):
         if getattr(module, name, None) is (name != "is_concatenated"):
             raise NotNative(f"{what}: experts with {name}")
@@ -293,8 +305,8 @@ def _tied(head: Any, embedding: Any) -> bool:
 def _packed(weight: PackedWeight, what: str, bias: torch.Tensor | None = None) -> Linear:
     if weight.dropped:
         return Linear(torch.zeros(weight.shape), bias)
-    laid = lay_out(weight.tensors, weight.fmt, weight.shape)
-    if laid is None:
+    laid = weight.lay_out()
+    if not isinstance(laid, CpuWeight):
         raise NotNative(f"{what}: the format {weight.fmt.name}")
     if len(getattr(laid, "at", {}).get(getattr(weight.fmt, "widths", (0,))[-1], [laid])) > 1:
         raise NotNative(f"{what}: {weight.fmt.name} is a sum of several matrices")

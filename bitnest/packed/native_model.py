@@ -4,9 +4,10 @@
     cache = native.cache()
     logits = native.forward(tokens, cache)  # behind what the cache holds
 
-Weights are laid out once, which takes their size again; the transformers model is not needed
-after. Activations are float32; what packed matrices read is coded in 8 bits a plane (2 planes:
-within 2^-15 of a row's largest). The cache is float16 or float32. Families: `native_families`.
+Packed weights are shared with the transformers model, as they are laid out; dense bfloat16 ones are
+laid out beside theirs. `of` compares the two on a few tokens and refuses what differs. Activations
+are float32; what packed matrices read is coded in 8 bits a plane (2: within 2^-15 of the largest).
+The cache is float16 or float32. Families: `native_families`.
 
 Left out: batches of more than one sequence, rounded inputs, other devices.
 """
@@ -29,8 +30,10 @@ from bitnest.kernels.cpu.runtime import (
     StepStruct,
     runtime,
 )
-from bitnest.packed.native_families import Description, NotNative, describe
+from bitnest.packed.native_families import Description, NotNative, check, describe
 
+TRIED = 16  # tokens on which the two are compared
+TOLERANCE = (0.1, 0.03)  # see `deviation`: of 16-bit models, of float32
 CHUNK = 256  # tokens of a prompt that go through the layers together
 
 
@@ -112,12 +115,35 @@ class NativeModel:
         planes: bytes in which what a matrix reads is coded, 1 to 3.
 
         Raises:
-            NotNative: the runtime cannot run it; the message says why.
+            NotNative: the runtime cannot run it, or its logits are further from transformers' than
+                TOLERANCE; the message says why.
         """
         if runtime() is None:
             raise NotNative("the CPU kernels could not be built")
         with torch.no_grad():
-            return cls(describe(model, planes, progress), planes, cache)
+            check(model)
+            ids = torch.arange(1, TRIED + 1) * 7919 % model.config.vocab_size
+            wanted = (
+                model(ids[None], use_cache=False).logits[0].float()
+            )  # it looks rows up as stored
+            made = cls(describe(model, planes, progress), planes, cache)
+            limit = TOLERANCE[model.dtype == torch.float32 and planes > 1]
+            if not (far := made.deviation(ids, wanted)) <= limit:  # NaN is far, too
+                raise NotNative(
+                    f"its logits are {far:.2g} away from those of transformers, of a norm of 1 "
+                    f"({limit} at most)"
+                )
+        return made
+
+    def deviation(self, ids: torch.Tensor, wanted: torch.Tensor) -> float:
+        """How far logits of tokens ids (n,) are from `wanted` (n, vocabulary): |a - b| / |b| of a
+        token, the median over all; the second half one by one, behind the cache. A router in doubt
+        may choose another expert for some, what is computed wrongly is so for most."""
+        cache, half = self.cache(len(ids)), len(ids) // 2
+        parts = [self.forward(ids[:half], cache, every=True)]
+        parts += [self.forward(ids[i : i + 1], cache) for i in range(half, len(ids))]
+        miss = (torch.cat(parts) - wanted).norm(dim=1)
+        return float((miss / wanted.norm(dim=1).clamp_min(1e-30)).median())
 
     def __del__(self) -> None:
         if getattr(self, "_context", None):

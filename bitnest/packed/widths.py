@@ -155,7 +155,7 @@ class Source:
             fmt = formats[record.site.name]
             if fmt.name == weight.fmt.name:
                 continue
-            held = weight.tensors
+            held = weight.parts
             parts = fmt.parts(record.site.shape)
             own = {f"{record.site.name}.{p}" for p in parts if p not in held}
             missing = {name: info for name, info in headers.items() if name in own}

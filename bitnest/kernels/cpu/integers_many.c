@@ -3,8 +3,8 @@
    GANG blocks of rows at a time. PANEL columns of them are unpacked to bytes, which stay in L1 while
    TILE tokens after another pass over them: GANG x TILE accumulators in registers, weights loaded
    once for TILE dot products and inputs once for GANG. Each plane of inputs is a pass of its own; the
-   sum is shifted up 8 bits between them. Inputs are packed beforehand so that
-   the four columns of all tokens of a tile lie together. */
+   sum is shifted up 8 bits between them. Inputs are packed beforehand so that those of a tile and a
+   panel lie together. */
 
 #include "integers.h"
 
@@ -25,7 +25,7 @@ typedef struct {
 /* Tokens [first, first + T): their inputs, and what packs them. */
 typedef struct {
     int64_t token;
-    const int8_t *packed; /* of the panel's columns: [P][PANEL / 4][T][4] */
+    const int8_t *packed; /* of the panel's columns: [P][T][PANEL] */
 } tile_t;
 
 /* Four columns of T tokens after another; from: [T][stride]. */
@@ -45,15 +45,16 @@ static void interleave_any(const int8_t *from, int64_t stride, int64_t count, in
     }
 }
 
-/* Inputs as [panel][tile][P][PANEL / 4][tile's tokens][4]: a pass over a panel reads on and on. */
+/* Inputs as [panel][tile][P][tile's tokens][PANEL]: a pass over a panel reads a run of memory, and
+   every token's columns lie at an offset that is known to the compiler. */
 static void pack(const inputs_t *x, int64_t tiles, int8_t *out) {
-    int64_t stride = x->planes * x->columns;
     for (int64_t start = 0; start < x->columns; start += PANEL)
         for (int64_t k = 0; k < tiles; k++) {
-            int64_t token = x->tokens * k / tiles, T = x->tokens * (k + 1) / tiles - token;
-            int64_t count = x->columns - start < PANEL ? x->columns - start : PANEL;
-            for (int p = 0; p < x->planes; p++, out += PANEL * T)
-                interleave_any(x->codes + token * stride + p * x->columns + start, stride, count, (int)T, out);
+            int64_t token = x->tokens * k / tiles, end = x->tokens * (k + 1) / tiles;
+            size_t count = (size_t)(x->columns - start < PANEL ? x->columns - start : PANEL);
+            for (int p = 0; p < x->planes; p++)
+                for (int64_t t = token; t < end; t++, out += PANEL)
+                    memcpy(out, x->codes + (t * x->planes + p) * x->columns + start, count);
         }
 }
 
@@ -142,15 +143,17 @@ ALWAYS void many(const many_t *job, const tile_t *tile, int64_t from, int64_t to
             }
             int64_t start = cell->start % (PANEL / STEP);
             const uint8_t *c = job->panel + start * 256;
-            const int8_t *in = tile->packed + (p * PANEL + start * STEP) * T;
-            _Pragma("GCC unroll 2") for (int32_t v = 0; v < cell->steps * 4; v++, c += 64, in += 4 * T) {
-                vu8 codes[GANG * SUBS];
-                UNROLL for (int r = 0; r < G * SUBS; r++)
-                    codes[r] = LOAD(vu8, c + r / SUBS * (PANEL * 16) + r % SUBS * VB);
-                UNROLL for (int t = 0; t < T; t++) {
-                    vi32 four_columns = four(in + 4 * t);
+            const int8_t *in = tile->packed + p * PANEL * T + start * STEP;
+            for (int32_t step = 0; step < cell->steps; step++, c += 256, in += STEP) {
+                UNROLL for (int v = 0; v < 4; v++) {
+                    vu8 codes[GANG * SUBS];
                     UNROLL for (int r = 0; r < G * SUBS; r++)
-                        a[r][t] = dot4(a[r][t], codes[r], four_columns, wide);
+                        codes[r] = LOAD(vu8, c + 64 * v + r / SUBS * (PANEL * 16) + r % SUBS * VB);
+                    UNROLL for (int t = 0; t < T; t++) {
+                        vi32 four_columns = four(in + t * PANEL + 4 * v);
+                        UNROLL for (int r = 0; r < G * SUBS; r++)
+                            a[r][t] = dot4(a[r][t], codes[r], four_columns, wide);
+                    }
                 }
             }
         }

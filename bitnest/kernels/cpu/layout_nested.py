@@ -19,7 +19,7 @@ to be computed first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,7 @@ from bitnest.kernels.cpu.layout_integers import in_blocks, move_codes, out_of_bl
 from bitnest.kernels.cpu.layout_tables import hold_table, table_struct
 from bitnest.kernels.cpu.library import INTEGER, SCALE_BF16, SCALE_F16, Weight
 from bitnest.kernels.cpu.linear import CpuWeight
+from bitnest.kernels.inputs import Coded
 from bitnest.kernels.nested import table_of
 from bitnest.kernels.packing import pack_bits, unpack_bits
 
@@ -65,19 +66,26 @@ class NestedCpuWeight(CpuWeight):
     at: dict[int, list[Weight]] = field(default_factory=dict)
     stored: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def product(self, x: torch.Tensor, bits: int | None = None) -> torch.Tensor:
-        """x W^T at a width, the widest unless `bits` says which.
+    def product(
+        self, x: torch.Tensor, planes: int | None = None, *, bits: int | None = None
+    ) -> torch.Tensor:
+        """x W^T at a width, the widest unless `bits` says which. planes: see CpuWeight.
 
         Raises:
             FormatError: a width that is not here.
         """
         structs = self.at[self.fmt.at(bits).widths[-1] if bits else self.fmt.widths[-1]]
         if len(structs) == 1:
-            return self.multiply(structs[0], x)
-        total = self.multiply(structs[0], x.float())
+            return self.multiply(structs[0], x, planes)
+        planes = planes or (3 if x.dtype == torch.float32 else 2)
+        total = self.multiply(structs[0], x.float(), planes)
         for struct in structs[1:]:
-            total += self.multiply(struct, x.float())
+            total += self.multiply(struct, x.float(), planes)
         return total.to(x.dtype)
+
+    def takes(self, parts: Sequence[Coded]) -> bool:
+        """No: rounded inputs meet nested weights in the reference, width by width."""
+        return False
 
     def change(self, fmt: NestedFormat, tensors: Tensors) -> None:
         """Become `fmt`, which has the narrower widths of what is here. tensors: of what it adds.

@@ -84,18 +84,8 @@ class CpuWeight:
         out; None where the kernels do not take them: the caller's reference runs."""
         if not self.takes(parts):
             return None
-        part = parts[0]
-        tokens, columns = len(part.values), self.struct.units * UNIT
-        codes = torch.zeros((tokens, columns), dtype=torch.int8)
-        codes[:, : self.shape[1]] = part.values
-        sums = codes.view(tokens, -1, STEP).sum(2, dtype=torch.int32)
-        scales = part.scales.float().contiguous()
-        block = columns if scales.shape[1] == 1 else part.group
-        y = torch.empty((tokens, self.shape[0]), dtype=torch.float32)
-        x = Inputs(
-            tokens=tokens, columns=columns, planes=1, block=block, codes=codes.data_ptr(),
-            scales=scales.data_ptr(), sums=sums.data_ptr(),
-        )  # fmt: skip
+        x, _held = given_codes(parts[0], self.struct.units * UNIT)
+        y = torch.empty((x.tokens, self.shape[0]), dtype=torch.float32)
         found = library()
         assert found is not None
         found.linear_coded(self.struct, x, y.data_ptr(), self.shape[0])
@@ -103,10 +93,47 @@ class CpuWeight:
 
     def takes(self, parts: Sequence[Coded]) -> bool:
         """Whether `product_coded` runs on such inputs: one run of 8-bit integers."""
-        part = parts[0]
-        whole = len(parts) == 1 and part.start == 0 and part.values.shape[1] == self.shape[1]
-        even = part.scales.shape[1] == 1 or part.group % STEP == 0
-        return whole and part.integer and even and self.struct.engine == INTEGER
+        return self.struct.engine == INTEGER and one_run(parts, self.shape[1], STEP)
+
+
+def one_run(parts: Sequence[Coded], columns: int, step: int) -> bool:
+    """Whether inputs are one run of integers, with scales of a multiple of `step` channels."""
+    part = parts[0]
+    whole = len(parts) == 1 and part.start == 0 and part.values.shape[1] == columns
+    return whole and part.integer and (part.scales.shape[1] == 1 or part.group % step == 0)
+
+
+def given_codes(part: Coded, columns: int) -> tuple[Inputs, tuple[torch.Tensor, ...]]:
+    """Coded inputs with zeros up to `columns`, and what the struct points to."""
+    tokens, own = part.values.shape
+    codes = torch.zeros((tokens, columns), dtype=torch.int8)
+    codes[:, :own] = part.values
+    sums = codes.view(tokens, columns // STEP, STEP).sum(2, dtype=torch.int32)
+    scales = part.scales.float().contiguous()
+    x = Inputs(
+        tokens=tokens, columns=columns, planes=1, codes=codes.data_ptr(),
+        block=columns if scales.shape[1] == 1 else part.group,
+        scales=scales.data_ptr(), sums=sums.data_ptr(),
+    )  # fmt: skip
+    return x, (codes, sums, scales)
+
+
+def code_planes(x: torch.Tensor, planes: int) -> tuple[Inputs, tuple[torch.Tensor, ...]]:
+    """x (T, K) float32, rows contiguous, cut into bytes with a scale per INPUT_BLOCK columns, and
+    what the struct points to."""
+    tokens, own = x.shape
+    columns = -(-own // UNIT) * UNIT
+    codes = torch.zeros((tokens, planes, columns), dtype=torch.int8)
+    sums = torch.zeros((tokens, planes, columns // STEP), dtype=torch.int32)
+    scales = torch.ones(tokens, -(-columns // INPUT_BLOCK))
+    made = Inputs(
+        tokens=tokens, columns=columns, planes=planes, block=INPUT_BLOCK, codes=codes.data_ptr(),
+        scales=scales.data_ptr(), sums=sums.data_ptr(),
+    )  # fmt: skip
+    found = library()
+    assert found is not None
+    found.code_inputs(x.data_ptr(), x.stride(0), own, made, 0, tokens)
+    return made, (codes, sums, scales)
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

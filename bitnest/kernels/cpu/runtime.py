@@ -179,6 +179,7 @@ class Linear:
             setattr(self.struct, name, self.weight.data_ptr())
         else:
             self.struct.w = self.weight.struct
+            self._held = tuple(self.weight.held.values())  # a change of width may let go of some
         if self.bias is not None:
             self.bias = self.bias.detach().float().contiguous()
             self.struct.bias = self.bias.data_ptr()

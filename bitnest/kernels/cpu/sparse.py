@@ -13,7 +13,7 @@ Left out: codes of other widths, floats and tables as codes, blocks (`%b16x16`):
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,9 @@ from torch.nn import functional as F
 from bitnest.formats import AnyFormat, BlockFormat, DenseFormat, SparseFormat
 from bitnest.formats.elements import IntElement
 from bitnest.kernels.cpu import team
+from bitnest.kernels.cpu.linear import code_planes, given_codes, one_run
 from bitnest.kernels.decode import zero_points
+from bitnest.kernels.inputs import Coded
 from bitnest.kernels.packing import pack_bits, unpack_bits
 from bitnest.kernels.scales import unpack_scales
 from bitnest.kernels.sparse import positions
@@ -65,6 +67,25 @@ class SparseWeight:
     zero: int
     group: int
     kept: dict[str, torch.Tensor]
+
+    path = "cpu"
+
+    def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+        """x W^T, (T, O) of x (T, I), in x's type. planes: bytes that inputs are cut into where
+        weights are codes; None: as their type deserves."""
+        wide = x.float().contiguous()
+        if self.bits > 8:
+            return product_halves(wide, self).to(x.dtype)
+        planes = planes or (3 if x.dtype == torch.float32 else 2)
+        inputs, _held = code_planes(wide, planes)
+        return product_codes(inputs, self).to(x.dtype)
+
+    def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
+        """x W^T, (T, O) float32, of integer inputs; None where the kernel does not take them."""
+        if self.bits > 8 or not one_run(parts, self.shape[1], PIECE):
+            return None
+        inputs, _held = given_codes(parts[0], self.mask.shape[1] * PIECE)
+        return product_codes(inputs, self)
 
     @property
     def nbytes(self) -> int:
