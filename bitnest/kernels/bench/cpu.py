@@ -8,6 +8,8 @@ calls of every kernel, after some that are not timed: threads of OpenMP spin for
 a call of torch, in the way of others. The table gives medians of all rounds, with 20th and 80th
 percentiles in the JSON. Bytes moved: codes and scales as they lie in memory, inputs and outputs
 left out. `share`: of the bandwidth that a loop of SIMD loads reaches on the same team of threads.
+Rows `in C` call the kernel's C function, as that loop is called; the others also allocate outputs
+and check arguments, as torch's kernels do.
 The last line of stdout is JSON.
 """
 
@@ -29,8 +31,8 @@ from bitnest.formats import parse_format
 from bitnest.kernels.cpu.arena import allocate
 from bitnest.kernels.cpu.layout import lay_out
 from bitnest.kernels.cpu.layout_nested import NestedCpuWeight
-from bitnest.kernels.cpu.library import library, threads
-from bitnest.kernels.cpu.linear import CpuWeight
+from bitnest.kernels.cpu.library import NUMBERS, library, threads
+from bitnest.kernels.cpu.linear import INPUT_BLOCK, CpuWeight
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 FORMATS = ("fp8-g128", "nf4-g64", "dense", "nest2345678-g128")
@@ -59,12 +61,23 @@ def random_weight(bits: int, rows: int, columns: int) -> CpuWeight:
     return made
 
 
-def ours(bits: int, rows: int, columns: int, x: torch.Tensor) -> tuple[Call, int]:
-    """Calls of our kernel and the bytes that each moves."""
+def ours(bits: int, rows: int, columns: int, x: torch.Tensor) -> dict[str, tuple[Call, int]]:
+    """Calls of our kernel, from Python and as the C function that it is, and the bytes of each."""
     first = random_weight(bits, rows, columns)
     count = -(-COLD // first.nbytes)
     copies = [first] + [random_weight(bits, rows, columns) for _ in range(count - 1)]
-    return lambda i: copies[i % count].product(x), first.nbytes
+    y = torch.empty(len(x), rows, dtype=x.dtype)
+    found = library()
+    assert found is not None
+
+    def in_c(i: int) -> object:
+        return found.linear(
+            copies[i % count].struct, x.data_ptr(), len(x), columns, y.data_ptr(), rows,
+            NUMBERS[x.dtype], 2, INPUT_BLOCK,
+        )  # fmt: skip
+
+    name, size = f"int{bits}-g128", first.nbytes
+    return {name: (lambda i: copies[i % count].product(x), size), f"int{bits} in C": (in_c, size)}
 
 
 def random_stored(name: str, rows: int, columns: int) -> CpuWeight:
@@ -168,7 +181,7 @@ def compare(
     if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         calls["torch int4"] = torch_int4(rows, columns, x)
     for bits in widths:
-        calls[f"int{bits}-g128"] = ours(bits, rows, columns, x)
+        calls |= ours(bits, rows, columns, x)
     for name in formats:
         calls |= of_format(name, rows, columns, x)
     table = measure(calls, seconds)

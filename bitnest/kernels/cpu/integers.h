@@ -42,6 +42,7 @@ cells_t make_cells(const weight_t *w, const inputs_t *x, int64_t longest, int pa
 void *scratch(int use, size_t bytes);
 
 void product_one(const weight_t *w, const inputs_t *x, float *y, int64_t first, int64_t last);
+int product_few(const weight_t *w, const inputs_t *x, float *y, int64_t stride, int64_t first, int64_t last);
 void product_many(const weight_t *w, const inputs_t *x, float *y, int64_t stride, int64_t first,
                   int64_t last);
 

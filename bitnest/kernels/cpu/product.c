@@ -6,7 +6,7 @@ static void integer_product(const weight_t *w, const inputs_t *x, float *y, int6
                             int64_t first, int64_t last) {
     if (x->tokens == 1)
         product_one(w, x, y, first, last);
-    else
+    else if (!product_few(w, x, y, stride, first, last))
         product_many(w, x, y, stride, first, last);
 }
 
