@@ -34,6 +34,7 @@ from bitnest.export.numpy_decoder import stream
 from bitnest.export.schemes import quantization_config, scheme_of
 from bitnest.export.verify import verify_export
 from bitnest.manifest import SiteRecord
+from bitnest.packed.modules import hold_decoded
 from bitnest.quantize.compress import prepare, run
 from bitnest.recipe import Recipe, Rule
 from bitnest.sites import Site
@@ -96,6 +97,7 @@ def moe4(moe: Path) -> Path:
 
 def logits(path: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    hold_decoded(model)  # the products that the other side has
     with torch.no_grad():
         return model(torch.arange(48)[None] % 90).logits.float()
 

@@ -36,6 +36,7 @@ from bitnest.export import compressed_tensors as exporter
 from bitnest.formats import parse_format
 from bitnest.kernels.decode import decode
 from bitnest.packed.decoded import DecodedCheckpoint, open_checkpoint
+from bitnest.packed.modules import hold_decoded
 from bitnest.quantize.compress import prepare, run
 from bitnest.recipe import Recipe, Rule
 from bitnest.safetensors_io import read_header
@@ -59,6 +60,7 @@ def nested(source: Path, out: Path, fmt: str, *rules: str) -> Path:
 def logits(path: Path) -> torch.Tensor:
     with torch.no_grad():
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        hold_decoded(loaded)  # the products that the other side has
         found: torch.Tensor = loaded(TOKENS).logits.float()
     return found
 

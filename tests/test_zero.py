@@ -21,6 +21,7 @@ from bitnest.formats.catalogue import bits_per_weight, describe
 from bitnest.formats.support import native_encoder
 from bitnest.kernels import experts as kernels
 from bitnest.kernels.decode import decode
+from bitnest.packed.modules import hold_decoded
 from bitnest.quantize.solve import Options, needs_statistics, solve
 from bitnest.statistics import Statistics
 from tests.tiny import Builder
@@ -153,6 +154,7 @@ def test_dropped_experts_are_not_computed(make: Any, monkeypatch: pytest.MonkeyP
         model = AutoModelForCausalLM.from_pretrained(
             make(family, EXPERT if skipped else MIXES["fused on disk, with biases"][1][0])
         )
+        assert hold_decoded(model)  # so experts run one by one
         calls.clear()
         with torch.no_grad():
             model(TOKENS)

@@ -7,7 +7,8 @@ model's type. Layouts are those of the packed weights; what points to them is ma
 after any of them changed.
 
 Left to the loop, as `why_not` says: gradients, adapters, rounded inputs, decoded matrices that are
-held, biases, gates and activations of a family's own, formats without one matrix for the kernels.
+held, biases, gates and activations of a family's own, formats without one matrix for the kernels,
+and in models that are not bfloat16 tables and dense matrices, whose inputs would be rounded to it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 from bitnest.kernels.cpu.experts import experts_product
+from bitnest.kernels.cpu.library import INTEGER
 from bitnest.kernels.cpu.runtime import ACTIVATIONS, Forward, runtime
 from bitnest.packed.modules import KERNEL_TYPES, PackedWeight
 from bitnest.packed.native_families import NotNative, experts_of
 
 # of a module: the state of its weights it was made for, and the layer or why there is none
 _made: WeakKeyDictionary[nn.Module, tuple[int, Forward | str]] = WeakKeyDictionary()
+_rounding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # inputs to bfloat16
 
 
 def experts_call(
@@ -52,7 +55,11 @@ def why_not(module: Any, hidden: torch.Tensor, gates: torch.Tensor) -> str:
     if any(weight.keep or weight.rounding for weight in weights):
         return "rounded inputs, or matrices held decoded"
     found = _layer(module)
-    return found if isinstance(found, str) else ""
+    if isinstance(found, str):
+        return found
+    if hidden.dtype != torch.bfloat16 and _rounding[module]:
+        return "tables and dense matrices, whose inputs one call rounds to bfloat16"
+    return ""
 
 
 def _layer(module: Any) -> Forward | str:
@@ -66,6 +73,8 @@ def _layer(module: Any) -> Forward | str:
         layer = _make(module)
     except NotNative as error:
         layer = str(error)
+    structs = [getattr(weight.lay_out(), "struct", None) for weight in module.packed]
+    _rounding[module] = any(getattr(s, "engine", INTEGER) != INTEGER for s in structs)
     _made[module] = (sum(weight.version for weight in module.packed), layer)  # now laid out
     return layer
 

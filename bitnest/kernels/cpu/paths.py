@@ -7,7 +7,13 @@ KV cache     `attention.why_not` of one new token; a prompt decodes the cache ev
 
 from __future__ import annotations
 
-from bitnest.formats import AnyFormat, BlockFormat, NestedFormat
+from bitnest.formats import (
+    AnyFormat,
+    BlockFormat,
+    DenseFormat,
+    NestedFormat,
+    SparseFormat,
+)
 from bitnest.formats.inputs import InputFormat
 from bitnest.formats.kv import KVFormat
 from bitnest.kernels.paths import Asked, Provider, Rounded, register, whole_integers
@@ -37,11 +43,22 @@ def _rounded(fmt: AnyFormat, inputs: InputFormat, shape: tuple[int, int]) -> str
     if why := whole_integers(inputs, shape[1]):
         return why
     if isinstance(fmt, NestedFormat):
-        single = fmt.kind == "mwq" and len(fmt.widths) == 1
-        return "" if single else f"{fmt.name} is a table, or a sum of several codes"
+        return f"{fmt.name} meets rounded inputs in the reference, width by width"
+    if isinstance(fmt, SparseFormat):
+        return _sparse(fmt, inputs, shape)
     if isinstance(fmt, BlockFormat):
         return layout_integers.why_not(fmt, shape)
     return f"{fmt.name} has no integers"
+
+
+def _sparse(fmt: SparseFormat, inputs: InputFormat, shape: tuple[int, int]) -> str:
+    from bitnest.kernels.cpu.sparse import PIECE
+
+    if isinstance(fmt.base, DenseFormat):
+        return f"{fmt.name} has no integers"
+    group = inputs.group
+    whole = group is None or group >= shape[1] or group % PIECE == 0
+    return "" if whole else f"scales of {group} channels of inputs, not of {PIECE}"
 
 
 def _cache(fmt: KVFormat, shape: tuple[int, int]) -> str:
