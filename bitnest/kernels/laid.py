@@ -81,7 +81,7 @@ def lay_out(tensors: Tensors, fmt: AnyFormat, shape: tuple[int, int]) -> Laid | 
         stored = core.parts(shape)
         rest, own = _apart(tensors, stored)
         base = lay_out(rest, core, shape)
-        return None if base is None else _Turned(base, fmt, own)
+        return None if base is None else _Turned(base, own, fmt)
     if isinstance(fmt, ZeroFormat):
         return None  # there is nothing to multiply
     if isinstance(fmt, SplitFormat):
@@ -117,7 +117,7 @@ def change(laid: Laid, fmt: AnyFormat, tensors: Tensors) -> Laid | None:
         if not isinstance(fmt, TransformedFormat) or _wrappers(fmt) != _wrappers(laid.fmt):
             return None
         base = change(laid.base, core_format(fmt), tensors)
-        return None if base is None else _Turned(base, fmt, laid.own)
+        return None if base is None else _Turned(base, laid.own, fmt)
     if laid.path != "cpu" or not isinstance(fmt, NestedFormat):
         return None
     from bitnest.kernels.cpu.layout_nested import NestedCpuWeight
@@ -133,30 +133,6 @@ def change(laid: Laid, fmt: AnyFormat, tensors: Tensors) -> Laid | None:
 
 def _wrappers(fmt: TransformedFormat) -> str:
     return fmt.name.removeprefix(core_format(fmt).name)
-
-
-def why_not(fmt: AnyFormat, shape: tuple[int, int], device: str) -> str:
-    """Why no kernel of that type of device takes an (O, I) weight of the format; empty: one does.
-    Dense weights that are not bfloat16 are torch's on any CPU, which their format does not say."""
-    if isinstance(fmt, LowRankFormat):
-        return why_not(fmt.base, shape, device)
-    if isinstance(fmt, TransformedFormat):
-        return why_not(core_format(fmt), shape, device)
-    if isinstance(fmt, SplitFormat):
-        first, rest = fmt.shapes(shape)
-        wide = why_not(fmt.wide, first, device) if first[1] else ""
-        return wide or why_not(fmt.base, rest, device)
-    if device == "cpu":
-        from bitnest.kernels.cpu.layout import why_not as not_on_cpu
-
-        return not_on_cpu(fmt, shape)
-    if device != "cuda":
-        return f"no kernels for {device}"
-    if why := missing():
-        return why
-    from bitnest.kernels.gpu.layout import why as not_on_gpu
-
-    return not_on_gpu(fmt, shape)
 
 
 def turn(laid: Laid, x: torch.Tensor) -> torch.Tensor:
@@ -223,12 +199,10 @@ def _apart(tensors: Tensors, names: Container[str]) -> tuple[Stored, Stored]:
 
 
 @dataclass(frozen=True)
-class _Turned:
-    """A weight stored in another basis: inputs are turned to it in float32. own: `channels` and
-    `order`, where the transforms have them."""
+class _Wrapped:
+    """A weight with something around it. own: the stored tensors of that."""
 
     base: Laid
-    fmt: TransformedFormat
     own: Stored
 
     @property
@@ -242,6 +216,17 @@ class _Turned:
     @property
     def nbytes(self) -> int:
         return self.base.nbytes + _nbytes(self.own)
+
+    def restore(self) -> Stored:
+        return {**self.base.restore(), **self.own}
+
+
+@dataclass(frozen=True)
+class _Turned(_Wrapped):
+    """A weight stored in another basis: inputs are turned to it in float32. own: `channels` and
+    `order`, where the transforms have them."""
+
+    fmt: TransformedFormat
 
     def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
         return self.base.product(turn(self, x.float()), planes or _planes(x)).to(x.dtype)
@@ -249,28 +234,10 @@ class _Turned:
     def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
         return self.base.product_coded(parts)
 
-    def restore(self) -> Stored:
-        return {**self.base.restore(), **self.own}
-
 
 @dataclass(frozen=True)
-class _Residual:
+class _Residual(_Wrapped):
     """A weight with a low-rank residual B A behind it, which reads x in its own basis."""
-
-    base: Laid
-    own: Stored
-
-    @property
-    def path(self) -> str:
-        return self.base.path
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes + _nbytes(self.own)
 
     def product(self, x: torch.Tensor, planes: int | None = None) -> torch.Tensor:
         y = self.base.product(x.float(), planes or _planes(x))
@@ -280,9 +247,6 @@ class _Residual:
 
     def product_coded(self, parts: Sequence[Coded]) -> torch.Tensor | None:
         return None  # the residual is no integer
-
-    def restore(self) -> Stored:
-        return {**self.base.restore(), **self.own}
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,8 @@ class NativeModel:
         with torch.no_grad():
             check(model)
             ids = torch.arange(1, TRIED + 1) * 7919 % model.config.vocab_size
-            wanted = (
-                model(ids[None], use_cache=False).logits[0].float()
-            )  # it looks rows up as stored
+            # before weights are laid out: a lookup afterwards would restore the embedding
+            wanted = model(ids[None], use_cache=False).logits[0].float()
             made = cls(describe(model, planes, progress), planes, cache)
             limit = TOLERANCE[model.dtype == torch.float32 and planes > 1]
             if not (far := made.deviation(ids, wanted)) <= limit:  # NaN is far, too

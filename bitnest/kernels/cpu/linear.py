@@ -11,6 +11,9 @@ all bits of bfloat16, float16 and float32; their products add up in float32.
 
 Float32 keeps 24 bits at any number of tokens: three planes of 8-bit products are more per cycle
 than the same product in float32, so nothing is decoded to a dense matrix.
+
+Subnormal float32 inputs count as 0. The scale of a whole matrix multiplies last, so outputs within
+a thousandth of float32's largest number may be infinite.
 """
 
 from __future__ import annotations
